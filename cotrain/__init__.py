@@ -1,0 +1,1 @@
+"""cotrain: teach a small sequential recommender what a large language model knows, live."""

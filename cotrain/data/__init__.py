@@ -1,0 +1,1 @@
+"""From tables of interactions and items to what the student and the teacher read."""

@@ -1,0 +1,310 @@
+"""The heart: one co-training step, and the loop around it.
+
+The teacher only ever appears here as `Teacher.ask`, under no_grad and outside `prepare`: it is in
+no optimizer and in no checkpoint.
+"""
+
+import math
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from cotrain.config import Config
+from cotrain.data.batches import EpochSampler, SequenceBatch, SequenceDataset, make_loader
+from cotrain.data.interactions import InteractionData
+from cotrain.distill import losses
+from cotrain.distill.querying import Teacher, verdict_weight
+from cotrain.distill.state import (
+    CotrainState,
+    Learner,
+    fork_control,
+    learning_rate,
+    save_checkpoint,
+)
+from cotrain.errors import CotrainError
+from cotrain.evaluation.evaluator import evaluate
+from cotrain.evaluation.metrics import metrics_from_ranks
+from cotrain.runtime.interruption import StopRequest
+from cotrain.runtime.seeding import replayed, torch_state
+from cotrain.runtime.tracking import MetricsLog, clock, progress_bar
+from cotrain.student.retrieval import Candidates, retrieve
+
+SELECTION_METRIC = "ndcg@10"
+
+
+class Interrupted(CotrainError):
+    """The run was asked to stop and has written a checkpoint.
+
+    Attributes:
+        folder: Run folder to resume.
+    """
+
+    def __init__(self, step: int, total_steps: int, folder: Path):
+        super().__init__(f"Stopped at step {step} of {total_steps}, with a checkpoint. Go on by")
+        self.folder = folder
+
+
+def cotrain_step(
+    state: CotrainState,
+    batch: SequenceBatch,
+    teacher: Teacher | None,
+    config: Config,
+    accelerator: Accelerator,
+) -> dict[str, float]:
+    """One optimizer step of the student, and of the control beside it.
+
+    Collectives, the same on every process whatever the teacher answered: the projector's moments
+    and the loss counts, each one reduction, and the gradients.
+
+    Args:
+        state: Changed in place.
+        batch: This process's rows, on the CPU.
+        teacher: None while only cross-entropy is trained.
+        config: Settings of the run.
+        accelerator: Device and collectives.
+
+    Returns:
+        Losses, each a mean over its own rows of all processes, and the teacher's entropy.
+    """
+    device = accelerator.device
+    dropout_state = torch_state(device)
+    on_device = batch.to(device)
+    output = state.student.model(on_device)
+    rank_sum = emb_sum = entropy_sum = n_valid = output.loss_sum.new_zeros(())
+
+    state.meter.student_states.add(output.user_state)
+    if teacher is not None:
+        student = accelerator.unwrap_model(state.student.model)
+        candidates = retrieve(
+            output.user_state, student.item_vectors, on_device.history, on_device.cut_target,
+            teacher.num_candidates,
+        )  # fmt: skip
+        candidates_cpu = Candidates(
+            candidates.item_ids.cpu(), candidates.scores.cpu(), candidates.target_rank.cpu()
+        )
+        verdict, asked = teacher.ask(batch, candidates_cpu, state.epoch)
+        probs = losses.teacher_distribution(
+            verdict.identifier_logits, config.distill.teacher_temperature
+        )
+        state.meter.observe(batch, candidates_cpu, verdict, asked, probs)
+
+        weight = verdict_weight(verdict, config.distill.confidence).to(device)
+        decision_state, valid = verdict.decision_state.to(device), verdict.valid.to(device)
+        # (B, K) again, because retrieval keeps no graph
+        scores = torch.einsum(
+            "bd,bkd->bk", output.user_state, student.item_vectors[candidates.item_ids]
+        )
+        rank_sum = losses.listnet_sum(
+            scores, probs.to(device), weight, config.distill.student_temperature
+        )
+        accelerator.unwrap_model(state.projector).observe(
+            decision_state, valid, lambda sums: _total(sums, accelerator)
+        )
+        projected = state.projector(decision_state)
+        emb_sum = losses.alignment_sum(projected, output.user_state, weight)
+        entropy_sum = (losses.entropy(probs).to(device) * valid).sum()
+        n_valid = valid.sum()
+
+    sums = torch.stack([output.loss_sum, rank_sum, emb_sum, entropy_sum, output.n_targets, n_valid])
+    totals = _total(sums, accelerator)
+    ce, rank, emb, entropy, n_targets, n_rows = totals.tolist()
+    n_targets, n_rows = max(n_targets, 1), max(n_rows, 1)
+    weights = config.distill
+    report = {"loss_ce": ce / n_targets}
+    if teacher is not None:
+        report |= {"loss_rank": rank / n_rows, "loss_emb": emb / n_rows}
+        report |= {"teacher_entropy": entropy / n_rows, "teacher_rows": totals[5].item()}
+    report["loss"] = (
+        report["loss_ce"]
+        + weights.lambda_rank * report.get("loss_rank", 0.0)
+        + weights.lambda_emb * report.get("loss_emb", 0.0)
+    )
+    if not math.isfinite(report["loss"]):
+        raise CotrainError(
+            f"The loss is {report['loss']} at step {state.step + 1} ({report}). Lower "
+            "train.learning_rate or the distill.lambda_… of the term that is not finite."
+        )
+    # Processes average their gradients; × their number makes that the gradient of the mean over
+    # all rows of all processes.
+    loss = accelerator.num_processes * (
+        output.loss_sum / n_targets
+        + weights.lambda_rank * rank_sum / n_rows
+        + weights.lambda_emb * emb_sum / n_rows
+    )
+    _update(state.student, loss, accelerator, config, state.projector)
+    if state.control is not None:
+        # The same dropout masks as the student's: any difference comes from the teacher.
+        with replayed(dropout_state, device):
+            control = state.control.model(on_device)
+        loss = accelerator.num_processes * control.loss_sum / n_targets
+        _update(state.control, loss, accelerator, config)
+        report["control_loss_ce"] = _total(control.loss_sum, accelerator).item() / n_targets
+    return report
+
+
+def _total(values: Tensor, accelerator: Accelerator) -> Tensor:
+    """Sum over all processes, in float64 and without a graph; a collective."""
+    total = accelerator.reduce(values.detach().double(), "sum")
+    assert isinstance(total, Tensor)  # a tensor goes in
+    return total
+
+
+def _update(
+    learner: Learner,
+    loss: Tensor,
+    accelerator: Accelerator,
+    config: Config,
+    projector: nn.Module | None = None,
+) -> None:
+    learner.optimizer.zero_grad()
+    accelerator.backward(loss)
+    # Clipped apart: what the projector does must not change the student's step size.
+    accelerator.clip_grad_norm_(learner.model.parameters(), config.train.max_grad_norm)
+    if projector is not None:
+        accelerator.clip_grad_norm_(projector.parameters(), config.train.max_grad_norm)
+    learner.optimizer.step()
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run is made of and what does not change while it trains.
+
+    Attributes:
+        config: Its settings.
+        data: Interactions and catalogue.
+        teacher: The ranker and who asks it.
+        accelerator: Device and processes.
+        log: Takes metrics.
+        folder: Where everything is written.
+    """
+
+    config: Config
+    data: InteractionData
+    teacher: Teacher
+    accelerator: Accelerator
+    log: MetricsLog
+    folder: Path
+
+
+def fit(state: CotrainState, run: Run) -> None:
+    """Train from where `state` stands to the end; cross-entropy first, then with the teacher.
+
+    Raises:
+        Interrupted: After SIGINT or SIGTERM, with a checkpoint written.
+    """
+    train, accelerator = run.config.train, run.accelerator
+    dataset = SequenceDataset(run.data, run.config.student.max_length, run.config.seed)
+    sampler = EpochSampler(
+        dataset.users, train.batch_size, run.config.seed,
+        accelerator.process_index, accelerator.num_processes,
+    )  # fmt: skip
+    loader = make_loader(dataset, sampler)
+    pace = Pace(run, sampler.steps_per_epoch, state)
+    with StopRequest() as stop, pace.bar:
+        while state.epoch < train.epochs and state.step < pace.total_steps:
+            teacher = run.teacher if state.epoch >= train.warmup_epochs else None
+            first_batch = state.epoch == train.warmup_epochs and state.step_in_epoch == 0
+            if first_batch and state.control is None:
+                state.start_effective_rank = state.meter.student_states.effective_rank()
+                if train.control:
+                    state.control = fork_control(state, run.config, accelerator)
+            sampler.start_at(state.epoch, state.step_in_epoch)
+            for batch in loader:
+                rate = learning_rate(state.step, pace.total_steps, run.config)
+                for learner in state.learners:
+                    for group in learner.optimizer.param_groups:
+                        group["lr"] = rate
+                report = cotrain_step(state, batch, teacher, run.config, accelerator)
+                state.step += 1
+                state.step_in_epoch += 1
+                pace.tick(report)
+                epoch = state.epoch + state.step_in_epoch / sampler.steps_per_epoch
+                row = {"kind": "train", "step": state.step, "epoch": epoch, "lr": rate, **report}
+                run.log.write(row)
+                stopping = _anywhere(stop.received, accelerator)
+                if stopping or state.step % train.checkpoint_every_steps == 0:
+                    save_checkpoint(state, run.folder, run.config, accelerator, run.log.num_bytes)
+                if stopping:
+                    raise Interrupted(state.step, pace.total_steps, run.folder)
+                if state.step >= pace.total_steps:
+                    break
+            ended = state.epoch + 1 == train.epochs or state.step >= pace.total_steps
+            if ended or (state.epoch + 1) % train.eval_every_epochs == 0:
+                validate(state, run)
+            state.epoch += 1
+            state.step_in_epoch = 0
+
+
+def validate(state: CotrainState, run: Run) -> None:
+    """Rank validation items with every learner, keep the best weights, log metrics and ranks."""
+    epoch = state.epoch + 1
+    for learner in state.learners:
+        model = run.accelerator.unwrap_model(learner.model)
+        ranks = evaluate(model, run.data, "validation", run.config.eval.batch_size, run.accelerator)
+        metrics = metrics_from_ranks(ranks)
+        learner.consider(model.state_dict(), metrics[SELECTION_METRIC], epoch)
+        row = {"kind": "validation", "step": state.step, "epoch": epoch, "model": learner.name}
+        run.log.write(row | metrics)
+    row = {"kind": "train", "step": state.step, "epoch": epoch}
+    row["student_state_effective_rank"] = state.meter.student_states.effective_rank()
+    if state.meter.decision_states.rows is not None:
+        row["decision_state_effective_rank"] = state.meter.decision_states.effective_rank()
+        row["teacher_rows_per_s"] = state.meter.rows_per_s
+    run.log.write(row)
+
+
+def _anywhere(flag: bool, accelerator: Accelerator) -> bool:
+    """True on every process when `flag` is true on one; a collective."""
+    if accelerator.num_processes == 1:
+        return flag
+    return bool(_total(torch.tensor(float(flag), device=accelerator.device), accelerator) > 0)
+
+
+class Pace:
+    """The live line: losses, teacher rate, and a time left that knows which steps will ask.
+
+    Args:
+        run: Settings and who asks.
+        steps_per_epoch: Optimizer steps an epoch.
+        state: Where the run stands; its meter is read, its `seconds` kept up to date.
+    """
+
+    def __init__(self, run: Run, steps_per_epoch: int, state: CotrainState):
+        train = run.config.train
+        self.state = state
+        self.epochs = train.epochs
+        self.total_steps = min(train.epochs * steps_per_epoch, train.max_steps or sys.maxsize)
+        self.first_asking_step = train.warmup_epochs * steps_per_epoch
+        self.rows_per_step = run.teacher.query.rows_per_epoch / steps_per_epoch
+        self.rows_per_step /= run.accelerator.num_processes
+        self.teacher_rows_per_s = run.teacher.probed_rows_per_s
+        self.bar = progress_bar(self.total_steps, state.step, run.accelerator.is_main_process)
+        self._first_step = state.step
+        self._teacher_seconds = state.meter.totals["seconds"]
+        self._started = self._last = time.perf_counter()
+
+    def tick(self, report: dict[str, float]) -> None:
+        """After each step, with what it reported."""
+        now = time.perf_counter()
+        state, meter = self.state, self.state.meter
+        state.seconds += now - self._last
+        self._last = now
+        if meter.totals["rows_asked"]:
+            self.teacher_rows_per_s = meter.rows_per_s
+        spent = now - self._started - (meter.totals["seconds"] - self._teacher_seconds)
+        per_step = spent / (state.step - self._first_step)
+        to_ask = self.total_steps - max(state.step, self.first_asking_step)
+        left = per_step * (self.total_steps - state.step)
+        left += max(0, to_ask) * self.rows_per_step / self.teacher_rows_per_s
+        self.bar.set_description_str(f"epoch {state.epoch + 1}/{self.epochs}", refresh=False)
+        shown = {"left": clock(left), "CE": f"{report['loss_ce']:.3f}"}
+        if "loss_rank" in report:
+            shown |= {"rank": f"{report['loss_rank']:.3f}", "emb": f"{report['loss_emb']:.1f}"}
+            shown["teacher"] = f"{self.teacher_rows_per_s:.2f} rows/s"
+        self.bar.set_postfix(shown, refresh=False)
+        self.bar.update()

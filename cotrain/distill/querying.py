@@ -1,0 +1,78 @@
+"""Which rows ask the teacher, and how much each verdict counts."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cotrain.data.batches import SequenceBatch
+from cotrain.student.retrieval import Candidates
+from cotrain.teacher.ranker import RankLLM, TeacherVerdict
+
+
+class RandomQuery:
+    """An exact share of the users, drawn anew each epoch, independent of batches and processes.
+
+    Args:
+        users: (n,) user indices that are trained.
+        fraction: Share that asks.
+        seed: Seed of the draw.
+    """
+
+    def __init__(self, users: np.ndarray, fraction: float, seed: int):
+        self.users = users
+        self.rows_per_epoch = round(fraction * len(users))
+        self.seed = seed
+        self._drawn: tuple[int, np.ndarray] = (-1, users[:0])
+
+    def choose(self, user_index: Tensor, epoch: int) -> Tensor:
+        """(B,) bool: which of these users ask in this epoch."""
+        if self._drawn[0] != epoch:
+            order = np.random.default_rng((self.seed, epoch, 1)).permutation(self.users)
+            self._drawn = (epoch, order[: self.rows_per_epoch])
+        return torch.from_numpy(np.isin(user_index.cpu().numpy(), self._drawn[1]))
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """The ranker and who asks it.
+
+    Attributes:
+        ranker: Gives verdicts.
+        query: Chooses rows.
+        num_candidates: K.
+        seed: Of the order in which candidates are shown.
+        probed_rows_per_s: Its rate on a few rows before the run.
+    """
+
+    ranker: RankLLM
+    query: RandomQuery
+    num_candidates: int
+    seed: int
+    probed_rows_per_s: float
+
+    def ask(
+        self, batch: SequenceBatch, candidates: Candidates, epoch: int
+    ) -> tuple[TeacherVerdict, Tensor]:
+        """Verdict on the rows of a CPU batch that ask in this epoch, spread over the whole batch,
+        and the (B,) bool of those rows. A row with fewer than K unseen items is not asked but
+        counted as failed."""
+        chosen = self.query.choose(batch.user_index, epoch)
+        asked = chosen & candidates.complete
+        rows = asked.nonzero().flatten()
+        histories = [batch.history[row][batch.history[row] != 0].tolist() for row in rows]
+        verdict = self.ranker.rank(
+            histories,
+            candidates.item_ids[rows].tolist(),
+            [(self.seed, epoch, int(batch.user_index[row])) for row in rows],
+        )
+        if too_few := int((chosen & ~candidates.complete).sum()):
+            verdict.failures["too_few_candidates"] += too_few
+        return verdict.spread(rows, len(chosen)), chosen
+
+
+def verdict_weight(verdict: TeacherVerdict, confidence: str) -> Tensor:
+    """(B,) float32 weight of each row's distillation terms, 0 where the verdict is not valid."""
+    valid = verdict.valid.float()
+    return valid * verdict.confidence if confidence == "entropy" else valid

@@ -1,0 +1,218 @@
+"""All that changes over a run: made, forked, written to a checkpoint and restored from one."""
+
+import copy
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object
+from torch import Tensor, nn
+
+from cotrain.config import Config
+from cotrain.distill.alignment import Projector
+from cotrain.distill.meters import TeacherMeter
+from cotrain.errors import CheckpointError
+from cotrain.runtime import checkpoint
+from cotrain.runtime.seeding import all_states, set_all_states
+from cotrain.student.sasrec import SASRec
+
+
+@dataclass
+class Learner:
+    """A model with what trains it, and its best state on validation so far."""
+
+    name: str
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    best_metric: float = -1.0
+    best_epoch: int = 0
+    best_weights: dict[str, Tensor] = field(default_factory=dict)
+
+    def consider(self, weights: dict[str, Tensor], metric: float, epoch: int) -> None:
+        """Keep a copy of these weights if their validation metric is the best so far."""
+        if metric > self.best_metric:
+            self.best_metric, self.best_epoch = metric, epoch
+            self.best_weights = {
+                key: value.detach().cpu().clone() for key, value in weights.items()
+            }
+
+
+@dataclass
+class CotrainState:
+    """Everything that changes over a run, and therefore everything that a checkpoint holds.
+
+    Attributes:
+        student: Learns from data and teacher.
+        projector: W_p, optimised with the student.
+        control: The twin that learns from data only; None before the teacher starts.
+        meter: What the teacher did.
+        epoch: Epochs completed.
+        step_in_epoch: Batches of the current epoch completed.
+        step: Optimizer steps completed.
+        seconds: Time spent in earlier parts of an interrupted run.
+        start_effective_rank: Of the student's states when the teacher started; 0 before.
+    """
+
+    student: Learner
+    projector: nn.Module
+    control: Learner | None
+    meter: TeacherMeter
+    epoch: int = 0
+    step_in_epoch: int = 0
+    step: int = 0
+    seconds: float = 0.0
+    start_effective_rank: float = 0.0
+
+    @property
+    def learners(self) -> list[Learner]:
+        """Student, and control where there is one."""
+        return [self.student] + ([self.control] if self.control else [])
+
+
+def new_state(
+    num_items: int, teacher_size: int, config: Config, accelerator: Accelerator
+) -> CotrainState:
+    """A fresh student and projector, prepared, at step 0.
+
+    Args:
+        num_items: Size of the catalogue without padding.
+        teacher_size: H, width of the decision state.
+        config: Settings of the run.
+        accelerator: Prepares models and optimizer.
+    """
+    settings = config.student
+    model = SASRec(
+        num_items,
+        hidden_size=settings.hidden_size,
+        num_layers=settings.num_layers,
+        num_heads=settings.num_heads,
+        max_length=settings.max_length,
+        dropout=settings.dropout,
+    )
+    projector = Projector(teacher_size, settings.hidden_size)
+    optimizer = make_optimizer(model, projector, config)
+    model, projector, optimizer = accelerator.prepare(model, projector, optimizer)
+    return CotrainState(
+        student=Learner("student", model, optimizer),
+        projector=projector,
+        control=None,
+        meter=TeacherMeter(config.teacher.num_candidates),
+    )
+
+
+def learning_rate(step: int, total_steps: int, config: Config) -> float:
+    """Of step `step`, counted from 0: linear warm-up, then a cosine to final_lr_ratio × peak."""
+    train = config.train
+    if step < train.lr_warmup_steps:
+        return train.learning_rate * (step + 1) / train.lr_warmup_steps
+    progress = (step - train.lr_warmup_steps) / max(1, total_steps - 1 - train.lr_warmup_steps)
+    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    return train.learning_rate * (train.final_lr_ratio + (1 - train.final_lr_ratio) * cosine)
+
+
+def make_optimizer(
+    student: nn.Module, projector: nn.Module | None, config: Config
+) -> torch.optim.Optimizer:
+    """AdamW; the student's parameters are group 0, the projector's group 1."""
+    groups = [{"params": list(student.parameters())}]
+    if projector is not None:
+        groups.append({"params": list(projector.parameters())})
+    return torch.optim.AdamW(
+        groups, lr=config.train.learning_rate, weight_decay=config.train.weight_decay
+    )
+
+
+def fork_control(state: CotrainState, config: Config, accelerator: Accelerator) -> Learner:
+    """The student's twin: same weights, optimizer state and best state so far."""
+    student = state.student
+    model = copy.deepcopy(accelerator.unwrap_model(student.model))
+    optimizer = make_optimizer(model, None, config)
+    saved = student.optimizer.state_dict()
+    group = saved["param_groups"][0]
+    moments = {index: saved["state"][index] for index in group["params"] if saved["state"]}
+    optimizer.load_state_dict(copy.deepcopy({"state": moments, "param_groups": [group]}))
+    model, optimizer = accelerator.prepare(model, optimizer)
+    best = {key: value.clone() for key, value in student.best_weights.items()}
+    return Learner("control", model, optimizer, student.best_metric, student.best_epoch, best)
+
+
+_POSITION = ("epoch", "step_in_epoch", "step", "seconds", "start_effective_rank")
+
+
+def save_checkpoint(
+    state: CotrainState, folder: Path, config: Config, accelerator: Accelerator, log_bytes: int
+) -> None:
+    """Write a checkpoint of the whole run; a collective, the main process writes.
+
+    Args:
+        state: What to write.
+        folder: Run folder.
+        config: Says how many checkpoints are kept.
+        accelerator: Gathers what differs between processes.
+        log_bytes: Length of metrics.jsonl now; what is beyond is cut off at a resume.
+
+    Raises:
+        CheckpointError: On every process, if the disk refused.
+    """
+    of_processes = gather_object(
+        [{"random": all_states(accelerator.device), "meter": state.meter.state_dict()}]
+    )
+    failure: list[str | None] = [None]
+    if accelerator.is_main_process:
+        weights = {"projector": accelerator.unwrap_model(state.projector).state_dict()}
+        learners = {}
+        for learner in state.learners:
+            weights[learner.name] = accelerator.unwrap_model(learner.model).state_dict()
+            if learner.best_weights:
+                weights[f"best_{learner.name}"] = learner.best_weights
+            learners[learner.name] = {
+                "optimizer": learner.optimizer.state_dict(),
+                "best_metric": learner.best_metric,
+                "best_epoch": learner.best_epoch,
+            }
+        rest = {name: getattr(state, name) for name in _POSITION}
+        rest |= {"learners": learners, "processes": of_processes, "log_bytes": log_bytes}
+        try:
+            checkpoint.save(folder, state.step, weights, rest, config.train.keep_checkpoints)
+        except CheckpointError as error:
+            failure = [str(error)]
+    broadcast_object_list(failure)
+    if failure[0] is not None:
+        raise CheckpointError(failure[0])
+
+
+def restore_checkpoint(
+    state: CotrainState, folder: Path, config: Config, accelerator: Accelerator
+) -> int:
+    """Bring a fresh state to where the latest checkpoint of `folder` was.
+
+    Returns:
+        Length of metrics.jsonl at that time, in bytes.
+
+    Raises:
+        CheckpointError: No usable checkpoint, or written by another number of processes.
+    """
+    weights, saved = checkpoint.load_latest(folder)
+    if len(saved["processes"]) != accelerator.num_processes:
+        raise CheckpointError(
+            f"{folder} was run by {len(saved['processes'])} process(es) and would be resumed by "
+            f"{accelerator.num_processes}; random states belong to processes. Launch it with "
+            "the same number."
+        )
+    accelerator.unwrap_model(state.projector).load_state_dict(weights["projector"])
+    if "control" in saved["learners"]:
+        state.control = fork_control(state, config, accelerator)
+    for learner in state.learners:
+        facts = saved["learners"][learner.name]
+        accelerator.unwrap_model(learner.model).load_state_dict(weights[learner.name])
+        learner.optimizer.load_state_dict(facts["optimizer"])
+        learner.best_metric, learner.best_epoch = facts["best_metric"], facts["best_epoch"]
+        learner.best_weights = weights.get(f"best_{learner.name}", {})
+    for name in _POSITION:
+        setattr(state, name, saved[name])
+    own = saved["processes"][accelerator.process_index]
+    state.meter.load_state_dict(own["meter"])
+    set_all_states(own["random"], accelerator.device)
+    return saved["log_bytes"]

@@ -1,0 +1,360 @@
+"""What a run leaves for people and programs: `report.html`, `report.json` and a console table.
+
+The words are generated from the numbers and claim no more than these do: a teacher helped or hurt
+only where the paired interval of the lift excludes zero."""
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, is_dataclass
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from cotrain.evaluation.charts import PALETTE, draw_charts, identifier
+
+PRIMARY_METRIC = "ndcg@10"
+_CONSOLE_METRICS = ("recall@10", "ndcg@10", "mrr")
+_NONE = "–"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The answer in words. `tone` is good, bad or neutral; `detail` holds the numbers."""
+
+    tone: str
+    headline: str
+    detail: str
+
+
+def write_report(report: dict[str, Any], curves: list[dict], folder: Path) -> tuple[Path, Path]:
+    """Write `report.json` and a self-contained `report.html`.
+
+    The JSON is written first and each file is renamed into place when complete, so that the
+    numbers survive whatever happens to the page.
+
+    Args:
+        report: the run's results; keys this module does not know are kept in the JSON. Numbers
+            that are not finite become null.
+        curves: rows of metrics.jsonl; may be empty.
+        folder: run folder; created when missing.
+
+    Returns:
+        Paths of the JSON and of the HTML file.
+    """
+    plain = json_ready(report)
+    folder.mkdir(parents=True, exist_ok=True)
+    json_path, html_path = folder / "report.json", folder / "report.html"
+    _write_whole(json_path, json.dumps(plain, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    _write_whole(html_path, render_html(plain, curves))
+    return json_path, html_path
+
+
+def _write_whole(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8", errors="replace")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def json_ready(value: Any) -> Any:
+    """`value` as JSON can hold it: NaN and infinity become None, unknown objects their text."""
+    if value is None or isinstance(value, (str, bool, int)):
+        return value
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): json_ready(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [json_ready(item) for item in value]
+    if is_dataclass(value) and not isinstance(value, type):
+        return json_ready(asdict(value))
+    as_list = getattr(value, "tolist", None)  # numpy scalars and arrays, tensors
+    if callable(as_list):
+        return json_ready(as_list())
+    return str(value)
+
+
+def verdict(report: dict[str, Any]) -> Verdict:
+    """Whether the teacher helped, in words that follow from the interval of the lift."""
+    teacher, lift = report.get("teacher"), _primary_lift(report)
+    student = report["student"].get("test", {}).get(PRIMARY_METRIC)
+    if not report.get("control") or lift is None:
+        if not teacher:
+            headline = "The student was trained without a teacher"
+        else:
+            missing = "its lift was not measured" if report.get("control") else "it has no control"
+            headline = f"This run cannot say whether the teacher helped: {missing}"
+        return Verdict(
+            "neutral", headline, f"NDCG@10 on test {number(student)}. {_shipped(report)}"
+        )
+
+    low, high = lift["ci95"]
+    tone = "neutral"
+    if not teacher or not teacher.get("rows_asked"):
+        headline = "The teacher was never asked, so this run says nothing about it"
+    elif not teacher.get("rows_valid"):
+        headline = "The teacher gave no usable answer, so this run says nothing about it"
+    elif low is None or high is None:
+        headline = "The lift has no interval, so this run says nothing about the teacher"
+    elif low > 0:
+        tone, headline = "good", "The teacher helped: the student beats its control"
+    elif high < 0:
+        tone, headline = "bad", "The teacher hurt: the student is worse than its control"
+    else:
+        headline = "The student is not distinguishable from its control"
+    control = report["control"].get("test", {}).get(PRIMARY_METRIC)
+    detail = (
+        f"NDCG@10 on test {number(student)} against {number(control)}: "
+        f"{lift_text(lift)}. {_shipped(report)}"
+    )
+    return Verdict(tone, headline, detail)
+
+
+def _primary_lift(report: dict[str, Any]) -> dict[str, Any] | None:
+    lift = (report.get("lift") or {}).get(PRIMARY_METRIC)
+    return lift if lift and lift.get("absolute") is not None else None
+
+
+def _shipped(report: dict[str, Any]) -> str:
+    """Which model is exported, with the validation scores it was chosen by."""
+    scores = {
+        name: (report.get(name) or {}).get("validation", {}).get(PRIMARY_METRIC)
+        for name in ("student", "control")
+    }
+    text = f"Shipped: {report['shipped']}"
+    if None in scores.values():
+        return f"{text}."
+    return (
+        f"{text} (NDCG@10 on validation: student {number(scores['student'])}, "
+        f"control {number(scores['control'])})."
+    )
+
+
+def lift_text(lift: dict[str, Any]) -> str:
+    """One lift as a phrase: difference, relative difference, interval, p."""
+    parts = [f"lift {signed(lift['absolute'])}"]
+    if lift.get("relative") is not None:
+        parts[0] += f" ({signed(100 * lift['relative'], 1)} %)"
+    low, high = lift.get("ci95") or (None, None)
+    if low is not None and high is not None:
+        parts.append(f"95 % interval {signed(low)} to {signed(high)}")
+    if lift.get("p_value") is not None:
+        parts.append(p_text(lift["p_value"]))
+    return ", ".join(parts)
+
+
+def number(value: float | None, digits: int = 4) -> str:
+    """A number with fixed decimals, whole numbers with thousands separators; – when absent."""
+    if value is None:
+        return _NONE
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:,.{digits}f}".replace("-", "−")
+
+
+def signed(value: float | None, digits: int = 4) -> str:
+    """A difference with its sign; one that rounds to zero carries none."""
+    if value is None:
+        return _NONE
+    text = f"{value:+.{digits}f}".replace("-", "−")
+    return text if text.strip("+−0.") else text[1:]
+
+
+def percent(value: float | None, digits: int = 1) -> str:
+    """A share as a percentage."""
+    return _NONE if value is None else f"{number(100.0 * value, digits)} %"
+
+
+def p_text(value: float) -> str:
+    """A p-value without false precision."""
+    return "p < 0.001" if value < 0.001 else f"p = {value:.{3 if value < 0.1 else 2}f}"
+
+
+def duration(seconds: float | None) -> str:
+    """Seconds as hours, minutes and seconds."""
+    if seconds is None:
+        return _NONE
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def result_table(report: dict[str, Any]) -> str:
+    """The result as plain ASCII text for the console, with lift and shipped model."""
+    report = json_ready(report)
+    models = [name for name in ("student", "control") if report.get(name)]
+    rows = [[""] + [f"{split} {name}" for split in ("test", "validation") for name in models]]
+    for metric in _CONSOLE_METRICS:
+        rows.append([metric])
+        for split in ("test", "validation"):
+            rows[-1] += [number(report[name].get(split, {}).get(metric)) for name in models]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = [
+        "  ".join(
+            cell.rjust(width) if column else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+    lift = _primary_lift(report)
+    if lift:
+        lines.append(f"{PRIMARY_METRIC} on test: {lift_text(lift)}")
+    lines.append(f"shipped: {report['shipped']}")
+    # A console in the C locale cannot print typographic signs.
+    return "\n".join(lines).replace("−", "-").replace(_NONE, "-")
+
+
+def render_html(report: dict[str, Any], curves: list[dict]) -> str:
+    """The page as text.
+
+    Args:
+        report: as `json_ready` returns it.
+        curves: rows of metrics.jsonl.
+    """
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(
+        number=number, signed=signed, percent=percent, duration=duration, p_text=p_text
+    )
+    charts = draw_charts(report, curves)
+    return environment.get_template("report.html.jinja").render(
+        report=report,
+        verdict=verdict(report),
+        metrics=_metric_names(report),
+        teacher_rows=_teacher_rows(report),
+        rank_rows=_rank_rows(report.get("effective_rank") or {}),
+        charts={
+            group: [chart for chart in charts if chart.group == group]
+            for group in ("learning", "teacher", "rank")
+        },
+        examples=[_example_view(example) for example in report.get("examples") or []],
+        config=flattened(report.get("config") or {}),
+        environment=flattened(report.get("environment") or {}),
+        palette=PALETTE,
+    )
+
+
+def _metric_names(report: dict[str, Any]) -> list[str]:
+    """Metrics of any model and split, in reported order; nested slices are left to the JSON."""
+    names = {}
+    for model in ("student", "control"):
+        for split in ("test", "validation"):
+            scores = (report.get(model) or {}).get(split) or {}
+            names.update(
+                (name, None) for name, value in scores.items() if isinstance(value, float | None)
+            )
+    return list(names)
+
+
+def _teacher_rows(report: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """(label, value, how to read it) for everything that is known about the teacher."""
+    teacher = report.get("teacher")
+    if not teacher:
+        return []
+    get = teacher.get
+    asked, valid = get("rows_asked"), get("rows_valid")
+    valid_text = number(valid)
+    if asked and valid is not None:
+        valid_text += f" ({percent(valid / asked)})"
+    rows = [
+        ("Model", str(get("model", _NONE)), ""),
+        ("Parameters", number(get("parameters")), ""),
+        ("Quantisation", str(get("quantization", _NONE)), ""),
+        ("Mode", str(get("mode", _NONE)), "how the verdict is read"),
+        ("Decision state", str(get("decision_position", _NONE)), "position it is taken from"),
+        ("Rows asked", number(asked), ""),
+        ("Rows valid", valid_text, "only these teach the student"),
+    ]
+    failures = get("failures") or {}
+    rows += [(f"Failed: {cause}", number(count), "") for cause, count in failures.items()]
+    seconds, total = get("seconds"), report.get("seconds")
+    share = f"{percent(seconds / total)} of the run" if seconds is not None and total else ""
+    rows += [
+        ("Teacher time", duration(seconds), share),
+        ("Rows per second", number(get("rows_per_s"), 2), ""),
+        ("Prompt tokens per second", number(get("prompt_tokens_per_s"), 0), ""),
+        ("Prompt tokens", number(get("prompt_tokens")), ""),
+    ]
+    entropy, uniform = get("identifier_entropy"), get("entropy_uniform")
+    if entropy is not None:
+        hint = f"{percent(entropy / uniform)} of uniform guessing" if uniform else ""
+        rows.append(("Mean entropy", f"{number(entropy, 2)} nats", hint))
+    rows += [
+        ("Mean confidence", number(get("confidence"), 3), "0 guesses, 1 is certain"),
+        (
+            "True next item among candidates",
+            percent(get("target_in_candidates")),
+            "of asked rows; elsewhere no ranking can put it first",
+        ),
+        (
+            "Agreement with the student",
+            number(get("agreement"), 3),
+            "mean Spearman; 1 repeats the student's order, 0 is unrelated to it",
+        ),
+    ]
+    return [row for row in rows if row[1] != _NONE]
+
+
+def _rank_rows(ranks: dict[str, Any]) -> list[tuple[str, str]]:
+    labels = {
+        "student_state_start": "Student's user state, where the teacher starts",
+        "student_state": "Student's user state, at the end",
+        "decision_state_start": "Teacher's decision state, where it starts",
+        "decision_state": "Teacher's decision state, at the end",
+    }
+    return [
+        (label, number(float(ranks[key]), 1))
+        for key, label in labels.items()
+        if ranks.get(key) is not None
+    ]
+
+
+def _example_view(example: dict[str, Any]) -> dict[str, Any]:
+    """One example with its three orders side by side, row by row."""
+    shown = example.get("shown") or []
+    valid = example.get("valid", True)
+    teacher = (example.get("teacher_ranking") or []) if valid else []
+    probs = (example.get("teacher_probs") or []) if valid else []
+    letters = [identifier(position) for position in range(len(shown))]
+    target = example.get("target")
+    return {
+        "user": example.get("user"),
+        "history": example.get("history") or [],
+        "rows": list(
+            zip_longest(letters, shown, teacher, probs, example.get("student_ranking") or [])
+        ),
+        "target": target,
+        "target_shown": target in shown,
+        "teacher_place": teacher.index(target) + 1 if target in teacher else None,
+        "valid": valid,
+        "has_probs": bool(probs),
+        "top_prob": max((prob for prob in probs if prob is not None), default=0) or 1,
+        "prompt": example.get("prompt"),
+    }
+
+
+def flattened(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """A nested mapping as (dotted key, value text) pairs."""
+    pairs = []
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            pairs += flattened(value, f"{prefix}{key}.")
+        else:
+            text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+            pairs.append((f"{prefix}{key}", text))
+    return pairs

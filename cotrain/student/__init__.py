@@ -1,0 +1,1 @@
+"""The student: a small sequential recommender, its losses and its retrieval."""

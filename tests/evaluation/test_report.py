@@ -1,0 +1,443 @@
+import copy
+import json
+import math
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+
+from cotrain.evaluation.charts import draw_charts, read_series, teacher_start
+from cotrain.evaluation.compare import Lift
+from cotrain.evaluation.report import json_ready, result_table, signed, verdict, write_report
+
+VOID = {"meta", "br", "col", "img", "link", "input", "hr"}
+HOSTILE = "<script>alert('x')</script> & \"[Z]\" $\\frac$ </pre></details>"
+
+
+def scores(scale):
+    names = [f"{family}@{k}" for family in ("recall", "ndcg") for k in (1, 5, 10, 20)] + ["mrr"]
+    return {name: scale * (i + 1) / 100 for i, name in enumerate(names)}
+
+
+def lift(absolute, low, high, p):
+    return {"absolute": absolute, "relative": absolute / 0.05, "ci95": [low, high], "p_value": p}
+
+
+@pytest.fixture
+def report():
+    shown = ["Heat", "Babe", "Se7en", "Clerks"]
+    example = {
+        "user": "u<1>",
+        "history": ["Casino", HOSTILE],
+        "shown": shown,
+        "teacher_ranking": ["Clerks", "Heat", "Babe", "Se7en"],
+        "teacher_probs": [0.5, 0.25, 0.15, 0.1],
+        "student_ranking": shown[::-1],
+        "target": "Babe",
+        "prompt": f"History:\n{HOSTILE}\nAnswer: [",
+        "valid": True,
+    }
+    model = {"validation": scores(1.1), "test": scores(1), "best_epoch": 7, "parameters": 400_000}
+    return {
+        "name": "ml-100k",
+        "seed": 0,
+        "seconds": 512.3,
+        "shipped": "control",
+        "dataset": {
+            "name": "ml-100k",
+            "users": 943,
+            "items": 1682,
+            "interactions": 100_000,
+            "notes": ["1 item has no title."],
+        },
+        "student": model,
+        "control": copy.deepcopy(model),
+        "lift": {
+            name: lift(0.0004, -0.0021, 0.0030, 0.74) for name in ("ndcg@10", "recall@10", "mrr")
+        },
+        "lift_validation": None,
+        "teacher": {
+            "model": "SmolLM2-135M-Instruct",
+            "quantization": "nf4",
+            "mode": "direct",
+            "decision_position": "predict",
+            "parameters": 134_515_008,
+            "rows_asked": 200,
+            "rows_valid": 190,
+            "failures": {"not finite": 7, "prompt too long": 3},
+            "rows_per_s": 11.4,
+            "prompt_tokens_per_s": 4321.0,
+            "seconds": 17.5,
+            "prompt_tokens": 75_000,
+            "identifier_entropy": 1.2,
+            "entropy_uniform": math.log(4),
+            "confidence": 0.13,
+            "target_in_candidates": 0.17,
+            "agreement": -0.05,
+            "mean_rank_by_shown_position": [1.5, 2.4, 2.9, 3.2],
+            "choice_share_by_shown_position": [0.6, 0.2, 0.1, 0.1],
+        },
+        "effective_rank": {
+            "student_state": 31.2,
+            "decision_state": 18.9,
+            "student_state_start": 38.0,
+            "collapsed": False,
+        },
+        "warnings": ["The teacher prefers early positions."],
+        "examples": [example, {**example, "valid": False, "target": "Elsewhere"}],
+        "config": {"student": {"hidden_size": 64}, "seed": 0},
+        "environment": {"cotrain": "0.1.0", "device": "cpu"},
+    }
+
+
+@pytest.fixture
+def curves():
+    rows = []
+    for step in range(1, 101):
+        row = {"kind": "train", "step": step, "epoch": step / 10, "loss_ce": 7 - step / 50}
+        row["loss"] = row["loss_ce"]
+        if step > 40:
+            row |= {"loss_rank": 2.5, "loss_emb": 0.4, "control_loss_ce": 5.0}
+            row |= {"teacher_entropy": 1.2, "teacher_rows_per_s": 11.0}
+        if step % 10 == 0:
+            row |= {"student_state_effective_rank": 30.0, "decision_state_effective_rank": 15.0}
+            for model in ("student", "control")[: 1 + (step > 40)]:
+                rows.append(
+                    {"kind": "validation", "step": step, "epoch": step / 10, "model": model}
+                    | {"ndcg@10": step / 2000, "recall@10": step / 1000}
+                )
+        rows.append(row)
+    return rows
+
+
+class Page(HTMLParser):
+    """Checks nesting and gathers what a test asks about."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.tags, self.links, self.text = [], [], [], ""
+        self.feed(text)
+        self.close()
+        assert not self.open, f"left open: {self.open}"
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.links += [
+            value for key, value in attrs if key in ("src", "href", "xlink:href", "action")
+        ]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.handle_starttag(tag, attrs)
+        if tag not in VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag):
+        assert self.open
+        assert self.open.pop() == tag
+        if tag in ("td", "th"):
+            self.text += " "
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] != "style":
+            self.text += data
+
+
+def render(report, curves, folder):
+    return write_report(report, curves, folder)[1].read_text(encoding="utf-8")
+
+
+def test_json_keeps_everything_and_nulls_what_is_not_finite(report, curves, tmp_path):
+    report["mine"] = {"grid": np.arange(3), "deep": [np.float32(0.5), math.nan, -math.inf]}
+    report["folder"] = tmp_path
+    report["teacher"]["agreement"] = math.nan
+    report["lift"]["mrr"] = Lift(0.1, None, (-0.1, 0.3), 0.4)
+    path, _ = write_report(report, curves, tmp_path / "new" / "run")
+    loaded = json.loads(path.read_text(encoding="utf-8"), parse_constant=pytest.fail)
+    assert loaded["mine"] == {"grid": [0, 1, 2], "deep": [0.5, None, None]}
+    assert loaded["folder"] == str(tmp_path)
+    assert loaded["teacher"]["agreement"] is None
+    assert loaded["lift"]["mrr"] == Lift(0.1, None, (-0.1, 0.3), 0.4).as_dict()
+    assert loaded == json_ready(report)
+    assert set(report) == set(loaded)
+    untouched = ("dataset", "student", "control", "config", "environment", "examples", "warnings")
+    for key in untouched:
+        assert loaded[key] == report[key], key
+
+
+def test_only_the_two_files_are_left(report, curves, tmp_path):
+    written = write_report(report, curves, tmp_path)
+    assert sorted(tmp_path.iterdir()) == sorted(written)
+    assert [path.name for path in written] == ["report.json", "report.html"]
+
+
+def test_the_numbers_survive_a_page_that_fails(report, tmp_path):
+    (tmp_path / "report.html").write_text("earlier page")
+    with pytest.raises(AttributeError):
+        write_report(report, ["not a row"], tmp_path)  # type: ignore[list-item]
+    assert json.loads((tmp_path / "report.json").read_text(encoding="utf-8")) == report
+    assert (tmp_path / "report.html").read_text() == "earlier page"
+
+
+def test_page_is_well_formed_and_asks_the_network_for_nothing(report, curves, tmp_path):
+    html = render(report, curves, tmp_path)
+    page = Page(html)
+    assert all(link.startswith("#") for link in page.links)
+    assert not {"script", "link", "img", "iframe"} & set(page.tags)
+    assert "//" not in re.sub(r"<!--.*?-->", "", html, flags=re.DOTALL)
+    assert "@import" not in html
+    assert all(target.startswith("url(#") for target in re.findall(r"url\([^)]*", html))
+
+
+def test_drawings_do_not_share_ids(report, curves, tmp_path):
+    html = render(report, curves, tmp_path)
+    ids = re.findall(r'\bid="([^"]+)"', html)
+    assert len(ids) == len(set(ids))
+    used = re.findall(r'(?:href="#|url\(#)([^")]+)', html)
+    assert used
+    assert set(used) <= set(ids)
+
+
+def test_what_users_wrote_is_escaped(report, curves, tmp_path):
+    for place in ("name", "shipped"):
+        report[place] = HOSTILE
+    report["warnings"] = report["dataset"]["notes"] = [HOSTILE]
+    report["teacher"]["failures"] = {HOSTILE: 1}
+    report["config"] = {HOSTILE: HOSTILE}
+    report["examples"][0]["shown"] = [HOSTILE] * 4
+    curves.append({"kind": "train", "step": 101, "epoch": 10.1, f"loss_{HOSTILE}": 1.0})
+    html = render(report, curves, tmp_path)
+    assert "<script" not in html
+    page = Page(html)
+    assert page.text.count(HOSTILE) >= 12
+
+
+def test_page_shows_the_run(report, curves, tmp_path):
+    text = " ".join(Page(render(report, curves, tmp_path)).text.split())
+    for expected in (
+        "The student is not distinguishable from its control.",
+        "The teacher prefers early positions.",
+        "−0.0021 to +0.0030",
+        "100,000",
+        "1 item has no title.",
+        "190 (95.0 %)",
+        "Failed: not finite 7",
+        "Failed: prompt too long 3",
+        "1.20 nats",
+        "The teacher put the true next item at place 3 of 4.",
+        "The true next item, Elsewhere, was not among the candidates.",
+        "The teacher's answer was not usable",
+        "student.hidden_size",
+    ):
+        assert expected in text, expected
+    assert text.count("Babe next") == 3  # as shown, teacher's and student's place, first example
+
+
+def test_every_loss_and_every_chart_has_a_caption(report, curves):
+    charts = draw_charts(report, curves)
+    assert [chart.title for chart in charts] == [
+        "Validation NDCG@10",
+        "Total training loss",
+        "Next-item loss",
+        "Ranking loss",
+        "Alignment loss",
+        "Entropy of the teacher's distribution",
+        "Teacher rows per second",
+        "Position bias: mean rank",
+        "Position bias: first choice",
+        "Effective rank of the representations",
+    ]
+    for chart in charts:
+        assert chart.caption.endswith(".")
+        assert chart.svg.startswith("<svg ")
+        assert chart.svg.endswith("</svg>")
+        assert "<metadata" not in chart.svg
+        assert len(chart.svg) < 60_000
+
+
+def test_an_unknown_loss_is_drawn_too(curves):
+    curves[-1]["loss_new"] = 1.0
+    assert "loss_new" in [chart.title for chart in draw_charts({}, curves)]
+
+
+def no_teacher(report, curves):
+    report.update(teacher=None, effective_rank=None, examples=[], warnings=[])
+    return [row for row in curves if row["step"] <= 40]
+
+
+def no_control(report, curves):
+    report.update(control=None, lift=None, shipped="student")
+    return [row for row in curves if row.get("model") != "control"]
+
+
+def neither(report, curves):
+    no_control(report, curves)
+    return no_teacher(report, curves)
+
+
+def no_curves(report, curves):
+    return []
+
+
+def one_step(report, curves):
+    return curves[:1]
+
+
+def one_validation(report, curves):
+    return [row for row in curves if row["kind"] == "validation"][:1]
+
+
+def all_nan(report, curves):
+    return [{**row, "loss": math.nan, "loss_ce": math.inf, "ndcg@10": None} for row in curves]
+
+
+def long_run(report, curves):
+    return [
+        {"kind": "train", "step": i, "epoch": i / 999, "loss": 1.0, "loss_rank": 2.0}
+        for i in range(20_000)
+    ]
+
+
+def many_candidates(report, curves):
+    report["teacher"]["mean_rank_by_shown_position"] = list(range(60))
+    report["teacher"]["choice_share_by_shown_position"] = [0.0] * 59 + [None]
+    report["examples"][0]["shown"] = [f"item {i}" for i in range(60)]
+    return curves
+
+
+def teacher_never_asked(report, curves):
+    counts = dict.fromkeys(("rows_asked", "rows_valid", "prompt_tokens"), 0)
+    nothing = ("rows_per_s", "prompt_tokens_per_s", "identifier_entropy", "confidence", "agreement")
+    report["teacher"] |= counts | dict.fromkeys(nothing) | {"failures": {}, "seconds": 0.0}
+    report["teacher"]["mean_rank_by_shown_position"] = [math.nan] * 4
+    report["teacher"]["choice_share_by_shown_position"] = []
+    return [row for row in curves if row["step"] <= 40]
+
+
+def bare(report, curves):
+    """Only what a program must give."""
+    for key in set(report) - {"student", "shipped"}:
+        del report[key]
+    return curves
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        no_teacher,
+        no_control,
+        neither,
+        no_curves,
+        one_step,
+        one_validation,
+        all_nan,
+        long_run,
+        many_candidates,
+        teacher_never_asked,
+        bare,
+    ],
+)
+@pytest.mark.filterwarnings("error")
+def test_unusual_runs_render(report, curves, tmp_path, change):
+    curves = change(report, curves)
+    html = render(report, curves, tmp_path)
+    page = Page(html)
+    assert len(html) < 600_000
+    assert "None" not in page.text
+    assert "nan" not in page.text.split()
+    assert result_table(report)
+
+
+def test_values_that_cannot_be_drawn_are_counted(curves):
+    curves[50]["loss"] = math.nan
+    chart = next(c for c in draw_charts({}, curves) if c.title == "Total training loss")
+    assert "1 value that was not finite cannot be drawn." in chart.caption
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "tone", "headline"),
+    [
+        (0.0001, 0.004, "good", "The teacher helped: the student beats its control"),
+        (-0.004, -0.0001, "bad", "The teacher hurt: the student is worse than its control"),
+        (-0.001, 0.004, "neutral", "The student is not distinguishable from its control"),
+        (0.0, 0.004, "neutral", "The student is not distinguishable from its control"),
+        (-0.004, 0.0, "neutral", "The student is not distinguishable from its control"),
+        (None, None, "neutral", "The lift has no interval, so this run says nothing"),
+    ],
+)
+def test_verdict_claims_only_what_the_interval_carries(report, low, high, tone, headline):
+    report["lift"]["ndcg@10"] = lift(0.002, low, high, 0.03)
+    words = verdict(report)
+    assert words.tone == tone
+    assert words.headline.startswith(headline)
+
+
+def test_verdict_states_the_numbers(report):
+    assert verdict(report).detail == (
+        "NDCG@10 on test 0.0700 against 0.0700: lift +0.0004 (+0.8 %), 95 % interval −0.0021 to "
+        "+0.0030, p = 0.74. Shipped: control (NDCG@10 on validation: student 0.0770, "
+        "control 0.0770)."
+    )
+
+
+def test_verdict_gives_the_teacher_no_credit_it_cannot_have(report):
+    report["lift"]["ndcg@10"] = lift(0.002, 0.001, 0.003, 0.001)
+    report["teacher"]["rows_valid"] = 0
+    assert verdict(report).headline.startswith("The teacher gave no usable answer")
+    report["teacher"]["rows_asked"] = 0
+    assert verdict(report).headline.startswith("The teacher was never asked")
+    assert verdict(report).tone == "neutral"
+    report.update(control=None, lift=None)
+    assert "it has no control" in verdict(report).headline
+    report["teacher"] = None
+    assert verdict(report).headline == "The student was trained without a teacher"
+
+
+def test_a_difference_is_bold_only_where_its_interval_excludes_zero(report, curves, tmp_path):
+    assert 'class="real"' not in render(report, curves, tmp_path)
+    report["lift"]["mrr"] = lift(0.01, 0.004, 0.02, 0.001)
+    assert render(report, curves, tmp_path).count('class="real"') == 1
+
+
+def test_result_table(report):
+    assert result_table(report).splitlines() == [
+        "           test student  test control  validation student  validation control",
+        "recall@10        0.0300        0.0300              0.0330              0.0330",
+        "ndcg@10          0.0700        0.0700              0.0770              0.0770",
+        "mrr              0.0900        0.0900              0.0990              0.0990",
+        "ndcg@10 on test: lift +0.0004 (+0.8 %), 95 % interval -0.0021 to +0.0030, p = 0.74",
+        "shipped: control",
+    ]
+    report.update(control=None, lift=None, shipped="student")
+    report["student"]["test"]["mrr"] = math.nan
+    table = result_table(report)
+    assert "control" not in table
+    assert "lift" not in table
+    assert table.isascii()
+
+
+def test_a_step_logged_twice_counts_once():
+    rows = [
+        {"kind": "train", "step": 2, "epoch": 2.0, "loss": 9.0},
+        {"kind": "train", "step": 1, "epoch": 1.0, "loss": 3.0},
+        {"kind": "validation", "step": 1, "epoch": 1.0, "loss": 7.0, "model": "student"},
+        {"kind": "train", "step": 2, "epoch": 2.0, "loss": 4.0},
+        {"kind": "train", "step": 3, "epoch": 3.0},
+    ]
+    series = read_series(rows, "train", "loss")
+    assert (series.x.tolist(), series.y.tolist()) == ([1.0, 2.0], [3.0, 4.0])
+
+
+def test_teacher_start(curves):
+    assert teacher_start(curves) == pytest.approx(4.1)
+    assert teacher_start(curves[:20]) is None
+    assert teacher_start([]) is None
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(0.01, "+0.0100"), (-0.01, "−0.0100"), (-0.00001, "0.0000"), (None, "–")]
+)
+def test_signed(value, text):
+    assert signed(value) == text
