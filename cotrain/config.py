@@ -99,6 +99,12 @@ class TeacherConfig:
     max_title_tokens: int = option(
         32, "An item's title and categories are cut to this many tokens each.", ge=1
     )
+    calibration_rows: int = option(
+        32,
+        "Rows ranked before the run to measure how much the teacher favours each letter, whatever "
+        "stands behind it; that is subtracted from its logits from then on. 0: no calibration.",
+        ge=0,
+    )
     batch_tokens: int = option(
         8192, "Prompt tokens, padding included, in one forward pass of the teacher.", ge=1
     )
@@ -347,6 +353,15 @@ def _typed(
         if name not in known:
             problems.append(f"{source}: unknown setting {name!r}{_nearest(name, known)}.")
             continue
+        kind = known[name].type
+        optional = type(None) in typing.get_args(kind)
+        if optional and str(value).lower() in ("none", "null"):
+            values[name] = None
+            continue
+        if value is None or isinstance(value, list):
+            # As text, either would pass for the name of something.
+            problems.append(f"{source}: {name} is {value!r}; expected {_type_text(kind)}.")
+            continue
         if isinstance(value, str):
             # Strings come from the command line, or quoted from YAML: one rule reads both.
             arguments = [f"--{name}={value}"]
@@ -355,8 +370,7 @@ def _typed(
         try:
             parsed = parser.parse_args(arguments)
         except ArgumentError:
-            expected = _type_text(known[name].type)
-            problems.append(f"{source}: {name} is {value!r}; expected {expected}.")
+            problems.append(f"{source}: {name} is {value!r}; expected {_type_text(kind)}.")
         else:
             values[name] = parsed[name]
     return values

@@ -155,4 +155,7 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
 def make_loader(dataset: SequenceDataset, sampler: EpochSampler) -> DataLoader:
     """Loader of `SequenceBatch`. Rows are slices of one array, so worker processes would cost more
     than they save."""
-    return DataLoader(dataset, batch_sampler=sampler, collate_fn=collate)
+    # A loader draws a number whenever it starts. Taken from the global generator, it would give a
+    # run that resumes within an epoch other dropout than one that never stopped.
+    generator = torch.Generator()
+    return DataLoader(dataset, batch_sampler=sampler, collate_fn=collate, generator=generator)

@@ -5,8 +5,6 @@ same data in another row order gives the same indices. Whatever is dropped or re
 in `InteractionData.notes`; what cannot be repaired is a DataError that says where it is.
 """
 
-import contextlib
-import csv
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,11 +14,10 @@ import polars as pl
 
 from cotrain import assets
 from cotrain.config import DataConfig
+from cotrain.data import tables
 from cotrain.data.catalog import Catalog
 from cotrain.errors import DataError, some_of
 
-_SEPARATORS = {".csv": ",", ".tsv": "\t", ".inter": "\t", ".txt": "\t"}
-_SUFFIXES = [".parquet", *_SEPARATORS]
 # The shortest history that leaves something to train on beside validation and test.
 MIN_INTERACTIONS = 3
 
@@ -127,7 +124,7 @@ def load_interactions(config: DataConfig) -> InteractionData:
 def _read_interactions(path: Path, config: DataConfig, notes: list[str]) -> pl.DataFrame:
     """Kept interactions as columns user and item, sorted by user and then by time."""
     option = "--data.interactions"
-    table = _scan(path, option)
+    table = tables.scan(path, option)
     present = table.collect_schema().names()
     if config.order_column is not None:
         order, order_option = config.order_column, "--data.order_column"
@@ -140,8 +137,8 @@ def _read_interactions(path: Path, config: DataConfig, notes: list[str]) -> pl.D
         "--data.item_column": config.item_column,
         order_option: order,
     }
-    _require(columns, present, path)
-    rows = _collect(
+    tables.require(columns, present, path)
+    rows = tables.collect(
         table.select(
             pl.col(config.user_column).alias("user"),
             pl.col(config.item_column).alias("item"),
@@ -155,14 +152,14 @@ def _read_interactions(path: Path, config: DataConfig, notes: list[str]) -> pl.D
     notes.append(f"Interactions: {rows.height:,} rows read from {path.name}.")
 
     rows = rows.with_columns(
-        _ids(rows["user"], path, config.user_column),
-        _ids(rows["item"], path, config.item_column),
+        tables.ids(rows["user"], path, config.user_column),
+        tables.ids(rows["item"], path, config.item_column),
     ).with_row_index("row")
     for column, name in (("user", config.user_column), ("item", config.item_column)):
         dropped = rows[column].null_count()
         if dropped:
             rows = rows.drop_nulls(column)
-            notes.append(f"{_rows(dropped)} without {name} dropped.")
+            notes.append(f"{tables.rows_text(dropped)} without {name} dropped.")
     rows = rows.with_columns(_order_values(rows, path, order, order_option))
     instead = "" if order == config.timestamp_column else ", not the timestamp"
     notes.append(
@@ -201,37 +198,15 @@ def _order_values(rows: pl.DataFrame, path: Path, column: str, option: str) -> p
     if numbers.null_count():
         bad = rows.select("row", "order").filter(numbers.is_null())
         first = bad["row"].head(5).to_list()
-        where = _places(path, first)
+        where = tables.places(path, first)
         values = some_of([*bad["order"].head(5).to_list(), *[None] * (bad.height - 5)])
         raise DataError(
-            f"Column {column!r} of {path} orders the interactions, and {_rows(bad.height)} of "
-            f"{rows.height:,} have no number there. First: {where}; values: {values}. Correct or "
-            f"remove these rows, or name another column that gives the order with "
-            f"--data.order_column."
+            f"Column {column!r} of {path} orders the interactions, and "
+            f"{tables.rows_text(bad.height)} of {rows.height:,} have no number there. First: "
+            f"{where}; values: {values}. Correct or remove these rows, or name another column that "
+            "gives the order with --data.order_column."
         )
     return numbers.alias("order")
-
-
-def _places(path: Path, rows: list[int]) -> str:
-    """Where data rows (from 0) stand in the file: `row 3 (line 4)`; Parquet has no lines."""
-    lines: dict[int, int] = {}
-    separator = _SEPARATORS.get(path.suffix.lower())
-    if separator is not None:
-        # A quoted value may hold line breaks, so that rows have to be read up to the last one.
-        # A cell too large for the csv module costs the line numbers, not the message.
-        with path.open(encoding="utf-8", newline="") as file, contextlib.suppress(csv.Error):
-            reader = csv.reader(file, delimiter=separator)
-            next(reader)
-            start = reader.line_num + 1
-            for number, _ in enumerate(reader):
-                if number in rows:
-                    lines[number] = start
-                if number >= rows[-1]:
-                    break
-                start = reader.line_num + 1
-    return ", ".join(
-        f"row {row + 1}" + (f" (line {lines[row]})" if row in lines else "") for row in rows
-    )
 
 
 def _drop_short(rows: pl.DataFrame, path: Path, notes: list[str]) -> pl.DataFrame:
@@ -289,9 +264,9 @@ def _read_catalog(
 def _read_items(path: Path, config: DataConfig, notes: list[str]) -> pl.DataFrame:
     """Columns key (id as text, unique), title (null if blank) and categories (null if blank)."""
     option = "--data.items"
-    table = _scan(path, option)
+    table = tables.scan(path, option)
     present = table.collect_schema().names()
-    _require(
+    tables.require(
         {"--data.item_column": config.item_column, "--data.title_column": config.title_column},
         present,
         path,
@@ -303,7 +278,7 @@ def _read_items(path: Path, config: DataConfig, notes: list[str]) -> pl.DataFram
         notes.append(
             f"{path.name} has no column {config.categories_column}: items have no categories."
         )
-    rows = _collect(
+    rows = tables.collect(
         table.select(pl.col(name).alias(as_name) for as_name, name in columns.items()),
         path,
         option,
@@ -311,141 +286,22 @@ def _read_items(path: Path, config: DataConfig, notes: list[str]) -> pl.DataFram
     if rows.is_empty():
         raise DataError(f"{path} has no rows. Point {option} at a table with items, or leave it.")
     rows = rows.with_columns(
-        _ids(rows["key"], path, config.item_column).cast(pl.String),
-        *[_text(rows[column], path, columns[column]) for column in columns if column != "key"],
+        tables.ids(rows["key"], path, config.item_column).cast(pl.String),
+        *[tables.text(rows[name], path, columns[name]) for name in columns if name != "key"],
     )
     without_id = rows["key"].null_count()
     if without_id:
         rows = rows.drop_nulls("key")
-        notes.append(f"{_rows(without_id)} of {path.name} without {config.item_column} dropped.")
+        notes.append(
+            f"{tables.rows_text(without_id)} of {path.name} without {config.item_column} dropped."
+        )
     unique = rows.unique("key", keep="first", maintain_order=True)
     if unique.height < rows.height:
         repeated = rows.height - unique.height
         whose = "its item id stands" if repeated == 1 else "their item ids stand"
-        notes.append(f"{_rows(repeated)} of {path.name} dropped: {whose} in an earlier row.")
+        notes.append(
+            f"{tables.rows_text(repeated)} of {path.name} dropped: {whose} in an earlier row."
+        )
     if "categories" not in unique.columns:
         unique = unique.with_columns(categories=pl.lit(None, pl.String))
     return unique
-
-
-def _text(column: pl.Series, path: Path, name: str) -> pl.Series:
-    """A column as stripped text, blanks as null; lists of text are joined by a bar."""
-    if column.dtype == pl.List(pl.String):
-        column = column.list.join("|", ignore_nulls=True)
-    elif column.dtype.is_nested() or column.dtype in (pl.Binary, pl.Object):
-        raise DataError(
-            f"Column {name!r} of {path} is {column.dtype}; text is expected. Convert it, or name "
-            "another column with --data.title_column or --data.categories_column."
-        )
-    return _without_blanks(column.cast(pl.String).str.strip_chars())
-
-
-# ---- tables -------------------------------------------------------------------------------------
-
-
-def _scan(path: Path, option: str) -> pl.LazyFrame:
-    """The table, unread; the columns of a CSV or TSV are all text, so that no cell is misread.
-
-    Raises:
-        DataError: No such file, no known suffix, or nothing that can be read as such a table.
-    """
-    if not path.is_file():
-        what = "is a folder" if path.is_dir() else "does not exist"
-        raise DataError(
-            f"The table {path} {what}. Point {option} at a file that ends in one of "
-            f"{some_of(_SUFFIXES)}."
-        )
-    suffix = path.suffix.lower()
-    if suffix not in _SUFFIXES:
-        raise DataError(
-            f"{path} ends in {suffix!r}; {option} reads {some_of(_SUFFIXES)}. Convert or rename it."
-        )
-    try:
-        if suffix == ".parquet":
-            table = pl.scan_parquet(path, glob=False)
-        else:
-            table = pl.scan_csv(path, separator=_SEPARATORS[suffix], infer_schema=False, glob=False)
-        table.collect_schema()
-    except _UNREADABLE as error:
-        raise _unreadable(path, option, error) from error
-    return table
-
-
-def _collect(table: pl.LazyFrame, path: Path, option: str) -> pl.DataFrame:
-    try:
-        return table.collect()
-    except _UNREADABLE as error:
-        raise _unreadable(path, option, error) from error
-
-
-# Polars answers some damaged files with a panic of its Rust side, which is no PolarsError.
-_UNREADABLE = (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError, ValueError)
-
-
-def _unreadable(path: Path, option: str, error: BaseException) -> DataError:
-    if isinstance(error, pl.exceptions.NoDataError):
-        return DataError(f"{path} is empty. Point {option} at a table with a header and rows.")
-    kind = "Parquet" if path.suffix.lower() == ".parquet" else "a UTF-8 table with a header"
-    # Polars goes on with advice about its own parameters, which nobody can set from here.
-    reason = " ".join(str(error).split("\n\n")[0].split())
-    return DataError(
-        f"{path} cannot be read as {kind}; it may be cut off or of another format: {reason[:300]}. "
-        f"Write it again, or point {option} at another file."
-    )
-
-
-def _require(columns: dict[str, str], present: list[str], path: Path) -> None:
-    """Checks that the table has the columns, given as option: column name."""
-    missing = {option: name for option, name in columns.items() if name not in present}
-    if missing:
-        listed = ", ".join(f"{name!r} ({option})" for option, name in missing.items())
-        raise DataError(
-            f"{path} lacks the column{'s' if len(missing) > 1 else ''} {listed}. It has "
-            f"{some_of(present, limit=20)}. Name the right ones with these options."
-        )
-
-
-def _ids(column: pl.Series, path: Path, name: str) -> pl.Series:
-    """Ids as Int64 or text, blanks as null.
-
-    Text from CSV becomes integers only if every value is one as Python would write it: "007" and
-    "7" stay two ids.
-
-    Raises:
-        DataError: The column holds neither integers nor text.
-    """
-    dtype = column.dtype
-    if isinstance(dtype, (pl.Categorical, pl.Enum)):
-        column = column.cast(pl.String)
-    if column.dtype == pl.String:
-        column = _without_blanks(column)
-        if path.suffix.lower() != ".parquet":
-            integers = column.cast(pl.Int64, strict=False)
-            if (integers.cast(pl.String).eq_missing(column)).all():
-                return integers
-        return column
-    if dtype == pl.Null:
-        return column.cast(pl.String)
-    try:
-        # A float column is what an integer column with gaps turns into in pandas.
-        if dtype.is_float() and bool((column.fill_nan(None) % 1 == 0).all()):
-            return column.fill_nan(None).cast(pl.Int64)
-        if dtype.is_integer():
-            return column.cast(pl.Int64)
-    except pl.exceptions.InvalidOperationError as error:
-        raise DataError(
-            f"Column {name!r} of {path} has ids beyond 64-bit integers. Store them as text."
-        ) from error
-    raise DataError(
-        f"Column {name!r} of {path} is {dtype}; ids have to be integers or text. Convert it, or "
-        "name another column with --data.user_column or --data.item_column."
-    )
-
-
-def _without_blanks(column: pl.Series) -> pl.Series:
-    blank = column.str.strip_chars() == ""
-    return pl.select(pl.when(~blank).then(column)).to_series().alias(column.name)
-
-
-def _rows(count: int) -> str:
-    return f"{count:,} row" if count == 1 else f"{count:,} rows"

@@ -1,14 +1,13 @@
 """A whole run: from settings to an exported student and a report."""
 
 import json
-import shutil
+import os
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import polars as pl
 import torch
 from accelerate import Accelerator
 
@@ -16,21 +15,15 @@ from cotrain import config as configuration
 from cotrain.config import Config
 from cotrain.data.interactions import InteractionData, load_interactions
 from cotrain.distill.loop import Run, fit
+from cotrain.distill.outcome import finish
 from cotrain.distill.querying import RandomQuery, Teacher
-from cotrain.distill.state import CotrainState, Learner, new_state, restore_checkpoint
+from cotrain.distill.state import CotrainState, new_state, restore_checkpoint
 from cotrain.errors import CheckpointError, ConfigError, TeacherError
-from cotrain.evaluation.compare import paired_bootstrap
-from cotrain.evaluation.evaluator import evaluate
-from cotrain.evaluation.metrics import metrics_from_ranks, per_user_metric
-from cotrain.evaluation.report import result_table, write_report
 from cotrain.runtime import checkpoint, tracking
 from cotrain.runtime.seeding import seed_everything
-from cotrain.student.sasrec import SASRec
 from cotrain.teacher.backbone import load_backbone
 from cotrain.teacher.prompts import PromptBuilder
 from cotrain.teacher.ranker import RankLLM
-
-LIFT_METRICS = ("ndcg@10", "recall@10", "mrr")
 
 
 def open_folder(config: Config) -> tuple[Config, Path]:
@@ -89,20 +82,32 @@ def run(config: Config, resume: bool = False) -> dict[str, Any]:
         CotrainError: Before any training, if settings, data or teacher cannot work.
         Interrupted: After Ctrl-C or SIGTERM, with a checkpoint written.
     """
+    state, this_run = prepare(config, resume)
+    fit(state, this_run)
+    report = finish(state, this_run)
+    this_run.accelerator.end_training()
+    return report
+
+
+def prepare(config: Config, resume: bool = False) -> tuple[CotrainState, Run]:
+    """Everything before the first step; arguments and errors as for `run`."""
     if not resume:
         config, folder = open_folder(config)
     else:
         folder = Path(str(config.output_dir))
     accelerator = Accelerator(log_with="tensorboard", project_dir=str(folder))
+    tracking.use_all_cores(int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     seed_everything(config.seed, accelerator.process_index)
+    say = accelerator.print
     with accelerator.main_process_first():  # one process downloads, the others find it
         data = load_interactions(config.data)
-    check_against_data(config, data)
-    say = accelerator.print
-    say(f"Data: {data.name}, {data.num_users:,} users, {data.num_items:,} items, "
-        f"{data.num_interactions:,} interactions")  # fmt: skip
+    say(
+        f"Data: {data.name}, {data.num_users:,} users, {data.num_items:,} items, "
+        f"{data.num_interactions:,} interactions"
+    )
     for note in data.notes:
         say(f"  {note}")
+    check_against_data(config, data)
     with accelerator.main_process_first():
         teacher = make_teacher(config, data, accelerator.device, say)
     state = new_state(data.num_items, teacher.ranker.backbone.hidden_size, config, accelerator)
@@ -115,11 +120,7 @@ def run(config: Config, resume: bool = False) -> dict[str, Any]:
     accelerator.wait_for_everyone()
     log = tracking.MetricsLog(folder, accelerator, log_bytes, state.step if resume else None)
     say_plan(config, data, state, teacher, folder, say)
-    this_run = Run(config, data, teacher, accelerator, log, folder)
-    fit(state, this_run)
-    report = finish(state, this_run)
-    accelerator.end_training()
-    return report
+    return state, Run(config, data, teacher, accelerator, log, folder)
 
 
 def check_against_data(config: Config, data: InteractionData) -> None:
@@ -144,7 +145,7 @@ def make_folder(folder: Path, config: Config, accelerator: Accelerator) -> None:
 
 
 def make_teacher(config: Config, data: InteractionData, device: torch.device, say: Any) -> Teacher:
-    """Load the language model and try it on a few rows.
+    """Load the language model, try it on real prompts and calibrate it.
 
     Raises:
         AssetError, TeacherError, ConfigError: It cannot be loaded, its identifiers are not single
@@ -164,21 +165,27 @@ def make_teacher(config: Config, data: InteractionData, device: torch.device, sa
         max_context_tokens=backbone.max_context_tokens,
     )
     ranker = RankLLM(backbone, prompts, settings.batch_tokens, config.distill.teacher_temperature)
-    users = range(min(4, data.num_users))
-    any_items = list(range(1, settings.num_candidates + 1))
-    probe = ranker.rank(
+    trained = np.flatnonzero(np.diff(data.offsets) - 2 >= 2)
+    # At least a few rows even without calibration: they show whether the teacher answers at all.
+    count = settings.calibration_rows or 4
+    draw = np.random.default_rng((config.seed, 3))
+    users = draw.choice(trained, count, replace=count > len(trained)).tolist()
+    rows = (
         [data.train_history(user).tolist() for user in users],
-        [any_items for _ in users],
-        [(config.seed, user) for user in users],
+        [(draw.choice(data.num_items, settings.num_candidates, False) + 1).tolist() for _ in users],
+        [(config.seed, 4, row) for row in range(count)],
     )
+    probe = ranker.calibrate(*rows) if settings.calibration_rows else ranker.rank(*rows)
     if not probe.valid.all():
         raise TeacherError(
             f"The teacher {settings.model!r} with quantization {settings.quantization} answers "
             f"numbers that are not finite ({dict(probe.failures)} of {len(probe.valid)} rows). "
             "Try --teacher.quantization bf16 or fp32, or another model."
         )
-    trained = np.flatnonzero(np.diff(data.offsets) - 2 >= 2)
     rate = len(users) / probe.seconds
+    if settings.calibration_rows:
+        spread = ranker.letter_bias.max() - ranker.letter_bias.min()
+        say(f"Teacher: calibrated on {count} rows; its letters differed by {spread:.1f} nats")
     say(
         f"Teacher: {backbone.num_parameters / 1e6:,.0f} M parameters on {device}, "
         f"{rate:.2f} rows/s, about {probe.prompt_tokens // len(users)} tokens a row"
@@ -202,144 +209,3 @@ def say_plan(
         f"(about {tracking.clock(asked / teacher.probed_rows_per_s)} of teacher time)"
     )
     say(f"Run folder: {folder}\n")
-
-
-def finish(state: CotrainState, run: Run) -> dict[str, Any]:
-    """Test the best student and control once, export the better on validation, write the report."""
-    config, accelerator, folder = run.config, run.accelerator, run.folder
-    ranks: dict[str, dict[str, np.ndarray]] = {}
-    for learner in state.learners:
-        model = accelerator.unwrap_model(learner.model)
-        model.load_state_dict(learner.best_weights)
-        ranks[learner.name] = {
-            "validation": evaluate(
-                model, run.data, "validation", config.eval.batch_size, accelerator
-            ),
-            "test": evaluate(model, run.data, "test", config.eval.batch_size, accelerator),
-        }
-    meters = tracking.gather(state.meter.state_dict())
-    meter = state.meter.merge(meters)
-    shipped = state.student
-    if state.control is not None and state.student.best_metric <= state.control.best_metric:
-        shipped = state.control
-    teacher = run.teacher.ranker.backbone
-    report = {
-        "name": config.data.name,
-        "seed": config.seed,
-        "seconds": round(state.seconds, 1),
-        "shipped": shipped.name,
-        "dataset": {
-            "name": run.data.name,
-            "users": run.data.num_users,
-            "items": run.data.num_items,
-            "interactions": run.data.num_interactions,
-            "notes": run.data.notes,
-        },
-        "student": _results(state.student, ranks),
-        "control": _results(state.control, ranks) if state.control else None,
-        "lift": _lifts(ranks, "test", config),
-        "lift_validation": _lifts(ranks, "validation", config),
-        "teacher": {
-            "model": teacher.name,
-            "quantization": teacher.quantization,
-            "mode": config.teacher.mode,
-            "decision_position": config.teacher.decision_position,
-            "parameters": teacher.num_parameters,
-            **meter.as_report(),
-        },
-        "effective_rank": _effective_ranks(state, meter),
-        "examples": meter.readable_examples(
-            run.data.catalog, run.data.user_ids, run.teacher.ranker.prompts
-        ),
-        "config": configuration.to_dict(config),
-        "environment": tracking.environment(accelerator.device, accelerator.num_processes),
-    }
-    report["warnings"] = _warnings(report)
-    if accelerator.is_main_process:
-        _export(shipped, ranks, run)
-        _, page = write_report(report, run.log.rows(), folder)
-        accelerator.print(f"\n{result_table(report)}\n\nReport: {page}")
-    return report
-
-
-def _results(learner: Learner, ranks: dict[str, dict[str, np.ndarray]]) -> dict[str, Any]:
-    of_learner = ranks[learner.name]
-    return {
-        "validation": metrics_from_ranks(of_learner["validation"]),
-        "test": metrics_from_ranks(of_learner["test"]),
-        "best_epoch": learner.best_epoch,
-        "parameters": sum(p.numel() for p in learner.model.parameters()),
-    }
-
-
-def _lifts(
-    ranks: dict[str, dict[str, np.ndarray]], split: str, config: Config
-) -> dict[str, Any] | None:
-    if "control" not in ranks:
-        return None
-    return {
-        name: paired_bootstrap(
-            per_user_metric(ranks["student"][split], name),
-            per_user_metric(ranks["control"][split], name),
-            config.eval.bootstrap_samples,
-            config.seed,
-        ).as_dict()
-        for name in LIFT_METRICS
-    }
-
-
-def _effective_ranks(state: CotrainState, meter: Any) -> dict[str, Any]:
-    end = meter.student_states.effective_rank()
-    start = state.start_effective_rank
-    return {
-        "student_state_start": start,
-        "student_state": end,
-        "decision_state": meter.decision_states.effective_rank(),
-        # Half of the directions gone since the teacher came is no drift of training.
-        "collapsed": bool(start and end < 0.5 * start),
-    }
-
-
-def _warnings(report: dict[str, Any]) -> list[str]:
-    """Plain sentences about what a reader might overlook."""
-    warnings = []
-    teacher = report["teacher"]
-    if not teacher["rows_asked"]:
-        warnings.append("No row asked the teacher, so this run says nothing about it.")
-    elif teacher["rows_valid"] < teacher["rows_asked"]:
-        failed = teacher["rows_asked"] - teacher["rows_valid"]
-        warnings.append(
-            f"{failed} of {teacher['rows_asked']} asked rows got no valid verdict: "
-            f"{teacher['failures']}."
-        )
-    if teacher["rows_valid"] and teacher["confidence"] < 0.05:
-        warnings.append(
-            f"The teacher hardly distinguishes the candidates: the entropy of its answers is "
-            f"{teacher['identifier_entropy']:.2f} of at most {teacher['entropy_uniform']:.2f} nats."
-        )
-    if report["effective_rank"]["collapsed"]:
-        warnings.append(
-            "The student's states collapsed: their effective rank fell from "
-            f"{report['effective_rank']['student_state_start']:.1f} to "
-            f"{report['effective_rank']['student_state']:.1f}. Lower distill.lambda_emb."
-        )
-    if report["dataset"]["users"] < 5000:
-        warnings.append(
-            f"{report['dataset']['users']:,} users are few: between seeds NDCG@10 moves by several "
-            "percent on such data, more than most lifts. Use it as a smoke test."
-        )
-    return warnings
-
-
-def _export(shipped: Learner, ranks: dict[str, dict[str, np.ndarray]], run: Run) -> None:
-    """Write the shipped model with its catalogue, and every user's ranks."""
-    target = run.folder / "student"
-    shutil.rmtree(target, ignore_errors=True)
-    model = run.accelerator.unwrap_model(shipped.model)
-    assert isinstance(model, SASRec)
-    model.save_pretrained(target)
-    run.data.catalog.save(target)
-    columns = {"user_id": run.data.user_ids}
-    for name, of_learner in ranks.items():
-        columns |= {f"{name}_{split}_rank": values for split, values in of_learner.items()}
-    pl.DataFrame(columns).write_parquet(run.folder / "ranks.parquet")

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
 from cotrain.config import Config
 from cotrain.distill.alignment import Projector
 from cotrain.distill.meters import TeacherMeter
 from cotrain.errors import CheckpointError
-from cotrain.runtime import checkpoint
+from cotrain.runtime import checkpoint, tracking
 from cotrain.runtime.seeding import all_states, set_all_states
 from cotrain.student.sasrec import SASRec
 
@@ -156,8 +156,8 @@ def save_checkpoint(
     Raises:
         CheckpointError: On every process, if the disk refused.
     """
-    of_processes = gather_object(
-        [{"random": all_states(accelerator.device), "meter": state.meter.state_dict()}]
+    of_processes = tracking.gather(
+        {"random": all_states(accelerator.device), "meter": state.meter.state_dict()}
     )
     failure: list[str | None] = [None]
     if accelerator.is_main_process:

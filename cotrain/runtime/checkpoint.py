@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -57,7 +58,8 @@ def save(
             shutil.rmtree(final)
         temporary.rename(final)
         _flush(final.parent)
-    except OSError as error:
+    # A full disk is an OSError to Python, and something else to each library that writes.
+    except (OSError, SafetensorError, RuntimeError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise CheckpointError(
             f"Cannot write checkpoint {final}: {error}. Earlier checkpoints are untouched; free "

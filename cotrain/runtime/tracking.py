@@ -38,7 +38,8 @@ class MetricsLog:
         if accelerator.is_main_process:
             self.path.touch()
             os.truncate(self.path, resume_bytes)
-        purge = {} if resume_step is None else {"tensorboard": {"purge_step": resume_step}}
+        # TensorBoard drops this step and what follows; the checkpoint's own step was kept.
+        purge = {} if resume_step is None else {"tensorboard": {"purge_step": resume_step + 1}}
         accelerator.init_trackers("tensorboard", init_kwargs=purge)
 
     def write(self, row: dict[str, Any]) -> None:
@@ -89,6 +90,19 @@ def clock(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def use_all_cores(num_local_processes: int) -> None:
+    """Share this machine's cores between its processes.
+
+    accelerate launch sets OMP_NUM_THREADS to 1 wherever the user has not set it, which leaves every
+    core but one idle. A larger number set by the user stays.
+    """
+    if torch.get_num_threads() == 1:
+        # Where the system tells (not on macOS), the cores this process may use, not all there are.
+        affinity = getattr(os, "sched_getaffinity", None)
+        cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+        torch.set_num_threads(max(1, cores // num_local_processes))
 
 
 def environment(device: torch.device, num_processes: int) -> dict[str, Any]:

@@ -11,8 +11,8 @@ class Candidates:
     """The student's proposal for B users.
 
     Attributes:
-        item_ids: (B, K) int64 item indices, best first.
-        scores: (B, K) scores of the student; -inf where no unseen item was left.
+        item_ids: (B, K) int64 item indices, best first; 0 where no unseen item was left.
+        scores: (B, K) scores of the student; -inf there.
         target_rank: (B,) int64, 1-based place of the true next item, 0 = absent.
     """
 
@@ -60,6 +60,8 @@ def retrieve(
         ids = torch.cat([best_ids, ids.expand(len(scores), -1)], 1)
         best_scores, places = scores.topk(k, dim=1)
         best_ids = ids.gather(1, places)
+    # Among equal -inf, topk picks masked items as well; they, and a masked target, stay out.
+    best_ids = best_ids.masked_fill(best_scores == -torch.inf, 0)
     hit = best_ids == target_ids[:, None]
     place = torch.where(hit.any(1), hit.int().argmax(1) + 1, 0)
     return Candidates(best_ids, best_scores, place)

@@ -22,7 +22,9 @@ INSTRUCTION = (
 )
 ANSWER_PREFIX = "Ranking: ["
 _SENTINEL = "@@cotrain-prompt@@"
-_BRACKETS = str.maketrans({"[": "(", "]": ")", "［": "(", "］": ")", "【": "(", "】": ")"})
+_BRACKETS = str.maketrans(
+    {"[": "(", "]": ")", "［": "(", "］": ")", "【": "(", "】": ")", "﹇": "(", "﹈": ")"}
+)
 
 
 def escape(text: str, control_strings: Sequence[str] = ()) -> str:

@@ -1,0 +1,23 @@
+# Sourced by quickstart.sh and test.sh: makes .venv with this package in it, once, and activates it.
+# Usage: source scripts/environment.sh [EXTRA]     PYTHON chooses the interpreter (default python3).
+
+extra=${1:+[$1]}
+if [ ! -x .venv/bin/python ]; then
+    "${PYTHON:-python3}" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || {
+        echo "error: cotrain needs Python 3.10 or newer; set PYTHON to such an interpreter." >&2
+        exit 1
+    }
+    "${PYTHON:-python3}" -m venv .venv || {
+        echo "error: python3 -m venv failed; on Debian and Ubuntu: apt install python3-venv." >&2
+        exit 1
+    }
+fi
+source .venv/bin/activate
+
+# Installed is what this pyproject.toml asked for; the stamp spares a second run the package index.
+stamp=.venv/installed${1:+-$1}
+if ! cmp -s pyproject.toml "$stamp"; then
+    echo "Installing cotrain$extra into .venv (about 1.5 GB, a few minutes) …"
+    python -m pip install --disable-pip-version-check --editable ".$extra"
+    cp pyproject.toml "$stamp"
+fi

@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# From a fresh clone to a report: environment, assets, one co-training run on ML-100K.
+# Further arguments override settings, e.g.: bash scripts/quickstart.sh --seed 1
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source scripts/environment.sh
+accelerate launch scripts/train_online.py --config scripts/recipes/quickstart.yaml "$@"

@@ -1,0 +1,165 @@
+"""The co-training step: what learns from what, and what must not."""
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from cotrain.config import parse
+from cotrain.data.batches import EpochSampler, SequenceBatch, SequenceDataset, make_loader
+from cotrain.distill.loop import Run, cotrain_step, fit
+from cotrain.distill.losses import listnet_sum, teacher_distribution
+from cotrain.distill.run import prepare
+from cotrain.distill.state import CotrainState, learning_rate
+from cotrain.student.retrieval import retrieve
+
+Prepare = Callable[..., tuple[CotrainState, Run]]
+
+
+@pytest.fixture
+def prepared(tmp_path: Path, tiny_teacher: str, small_tables: tuple[Path, Path]) -> Prepare:
+    """A run on 60 users with a tiny teacher, not started; options override settings."""
+
+    def build(*options: str) -> tuple[CotrainState, Run]:
+        interactions, items = small_tables
+        return prepare(
+            parse(
+                [
+                    "--data.interactions", str(interactions), "--data.items", str(items),
+                    "--teacher.model", tiny_teacher, "--teacher.quantization", "fp32",
+                    "--teacher.num_candidates", "5", "--student.hidden_size", "16",
+                    "--student.max_length", "20", "--train.epochs", "3",
+                    "--train.warmup_epochs", "1", "--train.batch_size", "16",
+                    "--query.fraction", "0.5", "--distill.confidence", "none",
+                    "--teacher.calibration_rows", "8",
+                    "--output_dir", str(tmp_path / f"run{len(list(tmp_path.iterdir()))}"),
+                    *options,
+                ]
+            )
+        )  # fmt: skip
+
+    return build
+
+
+def fingerprint(module: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in module.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def test_the_teacher_never_changes_and_is_in_no_optimizer(prepared: Prepare):
+    state, run = prepared()
+    teacher = run.teacher.ranker.backbone.model
+    before = fingerprint(teacher)
+    fit(state, run)
+    assert state.meter.totals["rows_valid"] > 0
+    assert fingerprint(teacher) == before
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+    optimized = {
+        id(parameter)
+        for learner in state.learners
+        for group in learner.optimizer.param_groups
+        for parameter in group["params"]
+    }
+    assert not optimized & {id(parameter) for parameter in teacher.parameters()}
+
+
+def test_without_weight_on_the_verdict_student_and_control_are_the_same_to_the_bit(
+    prepared: Prepare,
+):
+    # The strongest check of the control: same start, batches, dropout, optimizer state.
+    state, run = prepared("--distill.lambda_rank", "0", "--distill.lambda_emb", "0")
+    fit(state, run)
+    assert state.meter.totals["rows_valid"] > 0
+    assert state.control is not None
+    assert fingerprint(state.student.model) == fingerprint(state.control.model)
+
+
+@pytest.mark.parametrize("term", ["lambda_rank", "lambda_emb"])
+def test_each_term_alone_moves_the_student_away_from_its_control(prepared: Prepare, term: str):
+    off = {"lambda_rank": "0", "lambda_emb": "0", term: "0.5"}
+    state, run = prepared(*(word for key in off for word in (f"--distill.{key}", off[key])))
+    fit(state, run)
+    assert state.control is not None
+    assert fingerprint(state.student.model) != fingerprint(state.control.model)
+
+
+def one_batch(run: Run) -> SequenceBatch:
+    dataset = SequenceDataset(run.data, 20, 0)
+    return next(iter(make_loader(dataset, EpochSampler(dataset.users, 16, 0))))
+
+
+def test_a_step_brings_the_students_scores_closer_to_the_verdict_on_its_candidates(
+    prepared: Prepare,
+):
+    state, run = prepared(
+        "--distill.lambda_rank", "1000", "--distill.lambda_emb", "0", "--student.dropout", "0",
+        "--query.fraction", "1", "--distill.teacher_temperature", "0.1",
+    )  # fmt: skip
+    batch = one_batch(run)
+    student: Any = state.student.model
+    output = student(batch)
+    candidates = retrieve(
+        output.user_state, student.item_vectors, batch.history, batch.cut_target, 5
+    )
+    verdict, asked = run.teacher.ask(batch, candidates, state.epoch)
+    assert asked.all()
+    probs = teacher_distribution(verdict.identifier_logits, 0.1)
+
+    def ranking_loss() -> float:
+        states = student(batch).user_state
+        scores = torch.einsum("bd,bkd->bk", states, student.item_vectors[candidates.item_ids])
+        return listnet_sum(scores, probs, verdict.valid.float()).item() / len(probs)
+
+    before = ranking_loss()
+    report = cotrain_step(state, batch, run.teacher, run.config, run.accelerator)
+    assert report["loss_rank"] == pytest.approx(before, rel=1e-5)
+    assert ranking_loss() < before
+
+
+def test_the_projector_learns_to_meet_the_user_state(prepared: Prepare):
+    state, run = prepared(
+        "--distill.lambda_rank", "0", "--distill.lambda_emb", "1", "--query.fraction", "1",
+        "--train.warmup_epochs", "0", "--train.lr_warmup_steps", "0", "--train.epochs", "8",
+        "--train.learning_rate", "0.01",
+    )  # fmt: skip
+    fit(state, run)
+    rows = [row["loss_emb"] for row in run.log.rows() if "loss_emb" in row]
+    assert rows[-1] < 0.5 * rows[0]
+
+
+def test_a_step_reports_the_means_of_what_it_optimises(prepared: Prepare):
+    state, run = prepared("--train.warmup_epochs", "0", "--query.fraction", "1")
+    batch = one_batch(run)
+    torch.manual_seed(5)
+    with torch.no_grad():
+        output = state.student.model(batch)
+    torch.manual_seed(5)
+    report = cotrain_step(state, batch, run.teacher, run.config, run.accelerator)
+    assert report["loss_ce"] == pytest.approx((output.loss_sum / output.n_targets).item(), rel=1e-5)
+    assert report["teacher_rows"] == 16
+    expected = report["loss_ce"] + 0.1 * report["loss_rank"] + 0.001 * report["loss_emb"]
+    assert report["loss"] == pytest.approx(expected)
+
+
+def test_a_batch_that_asks_nobody_still_trains(prepared: Prepare):
+    state, run = prepared("--query.fraction", "0", "--train.warmup_epochs", "0")
+    before = fingerprint(state.student.model)
+    fit(state, run)
+    assert fingerprint(state.student.model) != before
+    assert state.meter.totals["rows_asked"] == 0
+
+
+def test_learning_rate_warms_up_and_ends_at_its_ratio():
+    config = parse(["--train.lr_warmup_steps", "10", "--train.final_lr_ratio", "0.1"])
+    rates = [learning_rate(step, 110, config) for step in range(110)]
+    assert rates[0] == pytest.approx(1e-4)
+    assert rates[9] == rates[10] == pytest.approx(1e-3)
+    assert rates[-1] == pytest.approx(1e-4)
+    assert rates[10:] == sorted(rates[10:], reverse=True)

@@ -1,0 +1,339 @@
+"""Whole runs through the script: the folder they leave, killing and resuming, bad input."""
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
+
+from cotrain.data.catalog import Catalog
+from cotrain.errors import CotrainError
+from cotrain.runtime import checkpoint
+from cotrain.student.sasrec import SASRec
+
+SCRIPT = Path(__file__).parent.parent.parent / "scripts" / "train_online.py"
+specification = importlib.util.spec_from_file_location("train_online", SCRIPT)
+assert specification is not None
+assert specification.loader is not None
+train_online = importlib.util.module_from_spec(specification)
+specification.loader.exec_module(train_online)
+Options = dict[str, Any]
+
+
+@pytest.fixture
+def options(settings: Options, tmp_path: Path) -> Options:
+    return {**settings, "output_dir": tmp_path / "run"}
+
+
+@pytest.fixture(scope="module")
+def settings(tiny_teacher: str, small_tables: tuple[Path, Path]) -> Options:
+    """A run of 24 steps on 60 users."""
+    return {
+        "data.interactions": small_tables[0],
+        "data.items": small_tables[1],
+        "teacher.model": tiny_teacher,
+        "teacher.quantization": "nf4",
+        "teacher.num_candidates": 5,
+        "teacher.calibration_rows": 4,
+        "student.hidden_size": 16,
+        "student.max_length": 20,
+        "train.epochs": 6,
+        "train.warmup_epochs": 2,
+        "train.batch_size": 16,
+        "train.checkpoint_every_steps": 3,
+        "train.learning_rate": 0.01,
+        "distill.teacher_temperature": 0.1,
+        "query.fraction": 0.5,
+        "eval.bootstrap_samples": 500,
+    }
+
+
+def command(options: Options) -> list[str]:
+    words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    return [sys.executable, str(SCRIPT), *words]
+
+
+def launch(options: Options, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(options), capture_output=True, text=True, env={**os.environ, **environment},
+        timeout=300, check=False,
+    )  # fmt: skip
+
+
+def results(folder: Path) -> dict[str, Any]:
+    """All that a run found out, without its times."""
+    report = json.loads((folder / "report.json").read_text())
+    teacher = {key: value for key, value in report["teacher"].items() if "_s" not in key}
+    teacher.pop("seconds")
+    kept = ("student", "control", "lift", "shipped", "effective_rank", "examples", "dataset")
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for row in rows:
+        row.pop("teacher_rows_per_s", None)
+    return {key: report[key] for key in kept} | {"teacher": teacher, "metrics": rows}
+
+
+def same_weights(one: Path, other: Path) -> bool:
+    first, second = load_file(one), load_file(other)
+    return first.keys() == second.keys() and all(first[k].equal(second[k]) for k in first)
+
+
+def test_a_run_leaves_what_the_readme_promises(options: Options):
+    done = launch(options)
+    assert done.returncode == 0, done.stderr
+    folder = options["output_dir"]
+    report = json.loads((folder / "report.json").read_text())
+    assert report["dataset"]["users"] == 60
+    for model in ("student", "control"):
+        for split in ("validation", "test"):
+            scores = report[model][split]
+            assert {"recall@10", "ndcg@10", "mrr"} <= scores.keys()
+            assert all(0 <= value <= 1 for value in scores.values())
+    lift = report["lift"]["ndcg@10"]
+    assert lift["ci95"][0] <= lift["absolute"] <= lift["ci95"][1]
+    expected = report["student"]["test"]["ndcg@10"] - report["control"]["test"]["ndcg@10"]
+    assert lift["absolute"] == pytest.approx(expected)
+    teacher = report["teacher"]
+    assert teacher["rows_asked"] == teacher["rows_valid"] == 30 * 4
+    assert (teacher["mode"], teacher["decision_position"]) == ("direct", "predict")
+    better = report["student"]["validation"]["ndcg@10"] > report["control"]["validation"]["ndcg@10"]
+    assert report["shipped"] == ("student" if better else "control")
+    assert len(report["examples"]) == 5
+    assert {"seed", "seconds", "environment", "config"} <= report.keys()
+    page = (folder / "report.html").read_text()
+    assert "Toy Story" in page or report["examples"][0]["target"].split("&")[0] in page
+    assert list(folder.glob("tensorboard/**/events*"))
+    assert report["environment"]["torch"] == torch.__version__
+    assert (folder / "environment.json").is_file()
+    assert len(checkpoint.steps(folder)) == 2
+
+    # The exported student is the model that was tested.
+    student = SASRec.from_pretrained(folder / "student").eval()
+    assert len(Catalog.load(folder / "student")) == student.item_vectors.shape[0]
+    ranks = pl.read_parquet(folder / "ranks.parquet")[f"{report['shipped']}_test_rank"]
+    recall = report[report["shipped"]]["test"]["recall@10"]
+    assert (ranks <= 10).mean() == pytest.approx(recall)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(settings: Options, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "undisturbed"
+    done = launch({**settings, "output_dir": folder})
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def test_a_run_repeats_itself_and_another_seed_differs(options: Options, undisturbed: Path):
+    assert launch(options).returncode == 0
+    assert results(options["output_dir"]) == results(undisturbed)
+    other = {**options, "output_dir": options["output_dir"].with_name("other"), "seed": 1}
+    assert launch(other).returncode == 0
+    assert results(other["output_dir"])["student"] != results(undisturbed)["student"]
+
+
+def wait_for(condition: Callable[[], object], process: subprocess.Popen[str]) -> None:
+    for _ in range(3000):
+        if condition():
+            return
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    raise AssertionError("the run never came to the point at which it was to be stopped")
+
+
+@pytest.mark.parametrize("stop_step", [6, 15], ids=["in warm-up", "with the teacher"])
+def test_a_killed_run_that_is_resumed_ends_like_one_left_alone(
+    options: Options, undisturbed: Path, stop_step: int
+):
+    folder = options["output_dir"]
+    process = subprocess.Popen(
+        command(options), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    wait_for(lambda: (folder / "checkpoints" / f"step_{stop_step}").exists(), process)
+    process.kill()
+    process.communicate()
+    assert not (folder / "report.json").exists()
+    resumed = launch({"resume": folder})
+    assert resumed.returncode == 0, resumed.stderr
+    assert results(folder) == results(undisturbed)
+    weights = "student/model.safetensors"
+    assert same_weights(folder / weights, undisturbed / weights)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_writes_a_checkpoint_and_says_how_to_go_on(
+    options: Options, undisturbed: Path, number: int
+):
+    folder = options["output_dir"]
+    options["train.checkpoint_every_steps"] = 1000
+    process = subprocess.Popen(
+        command(options), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    log = folder / "metrics.jsonl"
+    wait_for(lambda: log.exists() and log.read_text().count('"train"') > 4, process)
+    process.send_signal(number)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert f"--resume {folder}" in said
+    assert "Traceback" not in said
+    assert len(checkpoint.steps(folder)) == 1
+    assert launch({"resume": folder}).returncode == 0
+    assert results(folder) == results(undisturbed)
+
+
+def test_a_run_that_ends_before_the_teacher_starts_says_so(options: Options):
+    options["train.max_steps"] = 2
+    assert launch(options).returncode == 0
+    report = json.loads((options["output_dir"] / "report.json").read_text())
+    assert report["lift"]["ndcg@10"]["absolute"] == 0
+    assert report["shipped"] == "control"
+    assert any("No row asked" in warning for warning in report["warnings"])
+
+
+def test_without_a_control_there_is_no_lift(options: Options):
+    options["train.control"] = "false"
+    assert launch(options).returncode == 0
+    report = json.loads((options["output_dir"] / "report.json").read_text())
+    assert report["control"] is None
+    assert report["lift"] is None
+    assert report["shipped"] == "student"
+
+
+def single_letters_broken(options: Options, tmp_path: Path) -> None:
+    """A teacher whose tokenizer has a token for '[B' and so no single B after a bracket."""
+    folder = tmp_path / "teacher"
+    source = Path(options["teacher.model"])
+    folder.mkdir()
+    for file in source.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["[B"])
+    tokenizer.save_pretrained(folder)
+    options["teacher.model"] = folder
+
+
+def without_weights(options: Options, tmp_path: Path) -> None:
+    folder = tmp_path / "teacher"
+    folder.mkdir()
+    source = Path(options["teacher.model"])
+    (folder / "config.json").write_bytes((source / "config.json").read_bytes())
+    options["teacher.model"] = folder
+
+
+def short_context(options: Options, tmp_path: Path) -> None:
+    folder = tmp_path / "teacher"
+    folder.mkdir()
+    for file in Path(options["teacher.model"]).iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 100}))
+    options["teacher.model"] = folder
+
+
+def nan_weights(options: Options, tmp_path: Path) -> None:
+    folder = tmp_path / "teacher"
+    folder.mkdir()
+    for file in Path(options["teacher.model"]).iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    weights = load_file(folder / "model.safetensors")
+    weights["model.norm.weight"].fill_(torch.nan)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    options["teacher.model"] = folder
+
+
+def existing_run(options: Options, tmp_path: Path) -> None:
+    options["output_dir"].mkdir()
+    (options["output_dir"] / "config.yaml").write_text("seed: 0\n")
+
+
+def setting(name: str, value: object) -> Callable[[Options, Path], None]:
+    def change(options: Options, tmp_path: Path) -> None:
+        options[name] = value
+
+    return change
+
+
+def edited(old: str, new: str) -> Callable[[Options, Path], None]:
+    def change(options: Options, tmp_path: Path) -> None:
+        path = tmp_path / "interactions.csv"
+        path.write_text(Path(options["data.interactions"]).read_text().replace(old, new, 1))
+        options["data.interactions"] = path
+
+    return change
+
+
+BAD_INPUT = {
+    "unknown key": (setting("teacher.modell", "x"), ["teacher.modell", "'teacher.model'"]),
+    "missing file": (setting("data.interactions", "no/such.csv"), ["no/such.csv"]),
+    "missing column": (
+        setting("data.user_column", "person"),
+        ["person", "user_id", "--data.user_column"],
+    ),
+    "timestamp": (edited(",88", ",x88"), ["interactions.csv", "x88", "timestamp"]),
+    "too many candidates": (setting("teacher.num_candidates", 27), ["≤ 26"]),
+    "no model folder": (setting("teacher.model", "./no-such-model"), ["no-such-model"]),
+    "no weights": (without_weights, ["no weights", "config.json"]),
+    "letters": (single_letters_broken, ["'B'", "single"]),
+    "context": (short_context, ["99", "teacher.max_title_tokens"]),
+    "not finite": (nan_weights, ["not finite", "quantization"]),
+    "existing run": (existing_run, ["holds a run", "--resume"]),
+    "teacher never starts": (setting("train.warmup_epochs", 6), ["train.warmup_epochs"]),
+}
+
+
+@pytest.mark.parametrize("case", BAD_INPUT)
+def test_bad_input_is_one_clear_error_before_anything_is_written(
+    options: Options, tmp_path: Path, case: str
+):
+    change, expected = BAD_INPUT[case]
+    change(options, tmp_path)
+    with pytest.raises(CotrainError) as raised:
+        train_online.main(command(options)[2:])
+    for part in expected:
+        assert part in str(raised.value)
+    assert not (options["output_dir"] / "metrics.jsonl").exists()
+
+
+def test_an_error_is_printed_without_a_traceback(options: Options):
+    options["teacher.num_candidates"] = 27
+    done = launch(options)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: The configuration has 1 mistake(s):")
+    assert "Traceback" not in done.stderr
+
+
+def test_more_candidates_than_items_is_refused(options: Options, tmp_path: Path):
+    rows = [f"{user},{item},{item}" for user in range(4) for item in range(4)]
+    tiny = tmp_path / "tiny.csv"
+    tiny.write_text("user_id,item_id,timestamp\n" + "\n".join(rows) + "\n")
+    options["data.interactions"] = tiny
+    del options["data.items"]
+    with pytest.raises(CotrainError, match="only 4 items"):
+        train_online.main(command(options)[2:])
+
+
+@pytest.mark.parametrize("content", ["nothing", "no checkpoint", "ended"])
+def test_resuming_what_cannot_be_resumed_is_refused(tmp_path: Path, content: str):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    if content != "nothing":
+        (folder / "config.yaml").write_text("seed: 0\n")
+    if content == "ended":
+        (folder / "report.json").write_text("{}")
+    reason = {"nothing": "config.yaml", "no checkpoint": "no checkpoint", "ended": "has ended"}
+    with pytest.raises(CotrainError, match=reason[content]):
+        train_online.main(["--resume", str(folder)])
+
+
+def test_resume_takes_no_other_option(tmp_path: Path):
+    with pytest.raises(CotrainError, match="nothing else"):
+        train_online.main(["--resume", str(tmp_path), "--seed", "1"])

@@ -1,0 +1,64 @@
+"""The house keeps its floors: imports point one way."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "cotrain"
+
+# What each part may import beside itself, transitively everything below it.
+BELOW = {
+    "cotrain.errors": set(),
+    "cotrain.config": {"cotrain.errors"},
+    "cotrain.asset_builders": {"cotrain.errors"},
+    "cotrain.assets": {"cotrain.errors", "cotrain.asset_builders"},
+    "cotrain.runtime": {"cotrain.errors", "cotrain.config"},
+    "cotrain.data": {"cotrain.errors", "cotrain.config", "cotrain.assets"},
+    "cotrain.student": {"cotrain.errors", "cotrain.config", "cotrain.data"},
+    "cotrain.teacher": {"cotrain.errors", "cotrain.config", "cotrain.assets", "cotrain.data"},
+    "cotrain.evaluation": {
+        "cotrain.errors", "cotrain.config", "cotrain.data", "cotrain.student", "cotrain.runtime",
+    },
+    "cotrain.distill": {
+        "cotrain.errors", "cotrain.config", "cotrain.data", "cotrain.runtime", "cotrain.student",
+        "cotrain.teacher", "cotrain.evaluation",
+    },
+}  # fmt: skip
+PURE = [
+    "distill/losses.py",
+    "evaluation/metrics.py",
+    "teacher/prompts.py",
+]
+
+
+def imports(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def part(module: str) -> str:
+    return ".".join(module.split(".")[:2])
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: p.stem)
+def test_no_import_points_up(path: Path):
+    own = part("cotrain." + path.relative_to(PACKAGE).with_suffix("").as_posix().replace("/", "."))
+    if own == "cotrain.__init__":
+        pytest.skip("the package itself may offer anything")
+    wrong = [
+        name
+        for name in imports(path)
+        if name.startswith("cotrain.") and part(name) not in BELOW[own] | {own}
+    ]
+    assert not wrong
+
+
+@pytest.mark.parametrize("name", PURE)
+def test_pure_modules_touch_neither_processes_nor_files(name: str):
+    roots = {module.split(".")[0] for module in imports(PACKAGE / name)}
+    assert not roots & {"accelerate", "pathlib", "os", "io", "subprocess"}
