@@ -4,4 +4,5 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/environment.sh
-accelerate launch scripts/train_online.py --config scripts/recipes/quickstart.yaml "$@"
+# --quiet: after an error, no traceback of the launcher below the message.
+accelerate launch --quiet scripts/train_online.py --config scripts/recipes/quickstart.yaml "$@"

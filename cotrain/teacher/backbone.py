@@ -1,7 +1,6 @@
 """A frozen causal language model: loading, last hidden state, and logits of a few tokens only."""
 
 import contextlib
-import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -170,8 +169,6 @@ def _compute_in_fp32_on_cpu(model: nn.Module) -> None:
 @contextlib.contextmanager
 def _quiet_loading() -> Iterator[None]:
     """Without the libraries' bars and hints: a run prints its own lines about what it loads."""
-    # For good: bitsandbytes repeats its hints in every matrix product.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     level = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
