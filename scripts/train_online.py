@@ -38,9 +38,9 @@ def main(argv: list[str]) -> int:
 
 def resumed_folder(argv: list[str]) -> Path | None:
     """The RUN of `--resume RUN`, which stands alone; None without it."""
-    words = [part for word in argv for part in word.split("=", 1)]
-    if "--resume" not in words:
+    if not any(word.partition("=")[0] == "--resume" for word in argv):
         return None
+    words = [*argv[0].split("=", 1), *argv[1:]]
     if len(words) != 2 or words[0] != "--resume":
         raise ConfigError(
             f"--resume takes a run folder and nothing else; received {' '.join(argv)}. The "

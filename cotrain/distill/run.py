@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 
 from cotrain import config as configuration
 from cotrain.config import Config
@@ -26,11 +27,11 @@ from cotrain.teacher.prompts import PromptBuilder
 from cotrain.teacher.ranker import RankLLM
 
 
-def open_folder(config: Config) -> tuple[Config, Path]:
+def open_folder(config: Config) -> Config:
     """Choose the folder of a new run.
 
     Returns:
-        The settings with `output_dir` filled in, and that folder, not yet made.
+        The settings with `output_dir` filled in; that folder is not yet made.
 
     Raises:
         ConfigError: The folder holds a run already, or something that is not a run.
@@ -47,7 +48,7 @@ def open_folder(config: Config) -> tuple[Config, Path]:
             f"output_dir {folder} holds {has} already and nothing is overwritten. Choose another "
             f"--output_dir, or go on with an interrupted run by --resume {folder}."
         )
-    return config, folder
+    return config
 
 
 def open_interrupted(folder: Path) -> Config:
@@ -91,11 +92,20 @@ def run(config: Config, resume: bool = False) -> dict[str, Any]:
 
 def prepare(config: Config, resume: bool = False) -> tuple[CotrainState, Run]:
     """Everything before the first step; arguments and errors as for `run`."""
+    # The folder is set below, once the processes can talk; a tracker asks for one already here.
+    accelerator = Accelerator(log_with="tensorboard", project_dir=".")
+    if config.train.batch_size < accelerator.num_processes:
+        raise ConfigError(
+            f"train.batch_size is {config.train.batch_size} for {accelerator.num_processes} "
+            "processes; it counts users over all of them, so expected at least as many."
+        )
     if not resume:
-        config, folder = open_folder(config)
-    else:
-        folder = Path(str(config.output_dir))
-    accelerator = Accelerator(log_with="tensorboard", project_dir=str(folder))
+        # Every process checks, and all take the main one's folder: its name may hold the time.
+        chosen = [open_folder(config)]
+        broadcast_object_list(chosen)
+        config = chosen[0]
+    folder = Path(str(config.output_dir))
+    accelerator.project_configuration.logging_dir = str(folder)
     tracking.use_all_cores(int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     seed_everything(config.seed, accelerator.process_index)
     say = accelerator.print

@@ -43,7 +43,7 @@ def save(
     temporary = final.with_name(f".{final.name}.{os.getpid()}.tmp")
     try:
         for leftover in final.parent.glob(".*.tmp"):
-            shutil.rmtree(leftover)
+            shutil.rmtree(leftover, ignore_errors=True)
         temporary.mkdir(parents=True)
         for name, tensors in weights.items():
             # Tied tensors may not share memory in safetensors; contiguous copies on the CPU.
@@ -54,10 +54,12 @@ def save(
         (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1))
         for path in [*temporary.iterdir(), temporary]:
             _flush(path)
+        replaced = temporary.with_suffix(".replaced.tmp")
         if final.exists():
-            shutil.rmtree(final)
+            final.rename(replaced)
         temporary.rename(final)
         _flush(final.parent)
+        shutil.rmtree(replaced, ignore_errors=True)
     # A full disk is an OSError to Python, and something else to each library that writes.
     except (OSError, SafetensorError, RuntimeError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -72,7 +74,8 @@ def save(
 
 def steps(run: Path) -> list[int]:
     """Steps of the complete checkpoints of a run, ascending."""
-    matches = [_NAME.fullmatch(path.name) for path in (run / "checkpoints").glob("step_*")]
+    folders = [path for path in (run / "checkpoints").glob("step_*") if path.is_dir()]
+    matches = [_NAME.fullmatch(path.name) for path in folders]
     return sorted(int(match[1]) for match in matches if match)
 
 

@@ -14,6 +14,8 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from tqdm import tqdm
 
+from cotrain.errors import CheckpointError
+
 
 class MetricsLog:
     """metrics.jsonl and TensorBoard, written by the main process only.
@@ -24,6 +26,9 @@ class MetricsLog:
         resume_bytes: Length of metrics.jsonl at the checkpoint; what came after is cut off,
             because it will be written again.
         resume_step: Step of that checkpoint.
+
+    Raises:
+        CheckpointError: metrics.jsonl lost what the checkpoint relies on.
     """
 
     def __init__(
@@ -37,6 +42,11 @@ class MetricsLog:
         self._accelerator = accelerator
         if accelerator.is_main_process:
             self.path.touch()
+            if (found := self.path.stat().st_size) < resume_bytes:
+                raise CheckpointError(
+                    f"{self.path} has {found} bytes; when the checkpoint was written it had "
+                    f"{resume_bytes}. Bring the file back, or start anew with another output_dir."
+                )
             os.truncate(self.path, resume_bytes)
         # TensorBoard drops this step and what follows; the checkpoint's own step was kept.
         purge = {} if resume_step is None else {"tensorboard": {"purge_step": resume_step + 1}}
@@ -58,8 +68,12 @@ class MetricsLog:
 
     @property
     def num_bytes(self) -> int:
-        """Length of metrics.jsonl, for a checkpoint."""
-        return self.path.stat().st_size if self._accelerator.is_main_process else 0
+        """Length of metrics.jsonl, for a checkpoint; flushed to disk, as the checkpoint is."""
+        if not self._accelerator.is_main_process:
+            return 0
+        with self.path.open("ab") as file:
+            os.fsync(file.fileno())
+        return self.path.stat().st_size
 
     def rows(self) -> list[dict[str, Any]]:
         """Everything written so far."""

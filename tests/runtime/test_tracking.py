@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from cotrain.errors import CheckpointError
 from cotrain.runtime.tracking import (
     MetricsLog,
     clock,
@@ -154,3 +155,10 @@ def test_environment_names_what_numbers_depend_on():
     assert facts["device"] == "cpu"
     assert facts["torch_threads"] == torch.get_num_threads()
     assert facts["commit"] is None or re.fullmatch(r"[0-9a-f]{40}(-changed)?", facts["commit"])
+
+
+def test_a_log_shorter_than_at_the_checkpoint_is_refused(tmp_path: Path):
+    # Regression: it was filled up with null bytes, and the report failed at the end of the run.
+    (tmp_path / "metrics.jsonl").write_text('{"kind": "train", "step": 1}\n')
+    with pytest.raises(CheckpointError, match="bytes; when the checkpoint was written it had 1000"):
+        open_log(tmp_path, 1000, 7)
