@@ -32,7 +32,8 @@ from cotrain.evaluation.metrics import metrics_from_ranks
 from cotrain.runtime.interruption import StopRequest
 from cotrain.runtime.seeding import replayed, torch_state
 from cotrain.runtime.tracking import MetricsLog, clock, progress_bar
-from cotrain.student.retrieval import Candidates, retrieve
+from cotrain.student.retrieval import retrieve
+from cotrain.student.sasrec import StudentOutput
 
 SELECTION_METRIC = "ndcg@10"
 
@@ -75,50 +76,23 @@ def cotrain_step(
     dropout_state = torch_state(device)
     on_device = batch.to(device)
     output = state.student.model(on_device)
-    rank_sum = emb_sum = entropy_sum = n_valid = output.loss_sum.new_zeros(())
-
     state.meter.student_states.add(output.user_state)
+    nothing = output.loss_sum.new_zeros(())
+    terms = Terms(nothing, nothing, nothing, nothing)
     if teacher is not None:
-        student = accelerator.unwrap_model(state.student.model)
-        candidates = retrieve(
-            output.user_state, student.item_vectors, on_device.history, on_device.cut_target,
-            teacher.num_candidates,
-        )  # fmt: skip
-        candidates_cpu = Candidates(
-            candidates.item_ids.cpu(), candidates.scores.cpu(), candidates.target_rank.cpu()
-        )
-        verdict, asked = teacher.ask(batch, candidates_cpu, state.epoch)
-        probs = losses.teacher_distribution(
-            verdict.identifier_logits, config.distill.teacher_temperature
-        )
-        state.meter.observe(batch, candidates_cpu, verdict, asked, probs)
+        terms = distillation_terms(state, output, batch, teacher, config, accelerator)
 
-        weight = verdict_weight(verdict, config.distill.confidence).to(device)
-        decision_state, valid = verdict.decision_state.to(device), verdict.valid.to(device)
-        # (B, K) again, because retrieval keeps no graph
-        scores = torch.einsum(
-            "bd,bkd->bk", output.user_state, student.item_vectors[candidates.item_ids]
-        )
-        rank_sum = losses.listnet_sum(
-            scores, probs.to(device), weight, config.distill.student_temperature
-        )
-        accelerator.unwrap_model(state.projector).observe(
-            decision_state, valid, lambda sums: _total(sums, accelerator)
-        )
-        projected = state.projector(decision_state)
-        emb_sum = losses.alignment_sum(projected, output.user_state, weight)
-        entropy_sum = (losses.entropy(probs).to(device) * valid).sum()
-        n_valid = valid.sum()
-
-    sums = torch.stack([output.loss_sum, rank_sum, emb_sum, entropy_sum, output.n_targets, n_valid])
-    totals = _total(sums, accelerator)
-    ce, rank, emb, entropy, n_targets, n_rows = totals.tolist()
-    n_targets, n_rows = max(n_targets, 1), max(n_rows, 1)
+    sums = [output.loss_sum, output.n_targets]
+    sums += [terms.rank_sum, terms.emb_sum, terms.entropy_sum, terms.n_valid]
+    ce, n_targets, rank, emb, entropy, n_valid = _total(torch.stack(sums), accelerator).tolist()
+    n_targets, n_rows = max(n_targets, 1), max(n_valid, 1)
     weights = config.distill
     report = {"loss_ce": ce / n_targets}
     if teacher is not None:
+        report["teacher_rows"] = n_valid
+    if n_valid:
         report |= {"loss_rank": rank / n_rows, "loss_emb": emb / n_rows}
-        report |= {"teacher_entropy": entropy / n_rows, "teacher_rows": totals[5].item()}
+        report["teacher_entropy"] = entropy / n_rows
     report["loss"] = (
         report["loss_ce"]
         + weights.lambda_rank * report.get("loss_rank", 0.0)
@@ -133,8 +107,8 @@ def cotrain_step(
     # all rows of all processes.
     loss = accelerator.num_processes * (
         output.loss_sum / n_targets
-        + weights.lambda_rank * rank_sum / n_rows
-        + weights.lambda_emb * emb_sum / n_rows
+        + weights.lambda_rank * terms.rank_sum / n_rows
+        + weights.lambda_emb * terms.emb_sum / n_rows
     )
     _update(state.student, loss, accelerator, config, state.projector)
     if state.control is not None:
@@ -145,6 +119,71 @@ def cotrain_step(
         _update(state.control, loss, accelerator, config)
         report["control_loss_ce"] = _total(control.loss_sum, accelerator).item() / n_targets
     return report
+
+
+@dataclass(frozen=True)
+class Terms:
+    """Distillation losses and counts of one process's rows, each () and not yet divided."""
+
+    rank_sum: Tensor
+    emb_sum: Tensor
+    entropy_sum: Tensor
+    n_valid: Tensor
+
+
+def distillation_terms(
+    state: CotrainState,
+    output: StudentOutput,
+    batch: SequenceBatch,
+    teacher: Teacher,
+    config: Config,
+    accelerator: Accelerator,
+) -> Terms:
+    """Let the teacher judge what the student proposes, and the student answer for it.
+
+    Only the student's states and item embeddings, and the projector, carry a gradient.
+
+    Args:
+        state: Gives the student and the projector; its meter and the projector's moments change.
+        output: The student's forward on `batch`.
+        batch: This process's rows, on the CPU.
+        teacher: Who is asked, and which rows ask.
+        config: Temperatures and confidence.
+        accelerator: Device and collectives.
+    """
+    device = accelerator.device
+    student = accelerator.unwrap_model(state.student.model)
+    candidates = retrieve(
+        output.user_state,
+        student.item_vectors,
+        batch.history.to(device),
+        batch.cut_target.to(device),
+        teacher.num_candidates,
+    ).cpu()
+    verdict, asked = teacher.ask(batch, candidates, state.epoch)
+    probs = losses.teacher_distribution(
+        verdict.identifier_logits, config.distill.teacher_temperature
+    )
+    state.meter.observe(batch, candidates, verdict, asked, probs)
+
+    weight = verdict_weight(verdict, config.distill.confidence).to(device)
+    decision_state, valid = verdict.decision_state.to(device), verdict.valid.to(device)
+    # (B, K), computed again because retrieval keeps no graph
+    item_vectors = student.item_vectors[candidates.item_ids.to(device)]
+    scores = torch.einsum("bd,bkd->bk", output.user_state, item_vectors)
+    accelerator.unwrap_model(state.projector).observe(
+        decision_state, valid, lambda sums: _total(sums, accelerator)
+    )
+    # Of all rows, also of those without a verdict: processes must agree on what is called.
+    projected = state.projector(decision_state)
+    return Terms(
+        rank_sum=losses.listnet_sum(
+            scores, probs.to(device), weight, config.distill.student_temperature
+        ),
+        emb_sum=losses.alignment_sum(projected, output.user_state, weight),
+        entropy_sum=(losses.entropy(probs).to(device) * valid).sum(),
+        n_valid=valid.sum(),
+    )
 
 
 def _total(values: Tensor, accelerator: Accelerator) -> Tensor:

@@ -20,6 +20,10 @@ class Candidates:
     scores: Tensor
     target_rank: Tensor
 
+    def cpu(self) -> "Candidates":
+        """The same on the CPU."""
+        return Candidates(self.item_ids.cpu(), self.scores.cpu(), self.target_rank.cpu())
+
     @property
     def complete(self) -> Tensor:
         """(B,) bool: K unseen items were found."""
@@ -42,7 +46,7 @@ def retrieve(
         item_vectors: (V, D), row 0 = padding, never retrieved.
         history: (B, M) item indices never retrieved, 0-padded.
         target_ids: (B,) true next items, only to report their place; one that is in the history
-            (a repeated interaction) stays masked, as it is in the evaluation's retrieval.
+            (a repeated interaction) stays masked like everything seen.
         k: K ≤ V - 1.
         chunk_size: Items scored at once; bounds memory to B × chunk_size scores.
     """
