@@ -100,8 +100,8 @@ class TeacherConfig:
         32, "An item's title and categories are cut to this many tokens each.", ge=1
     )
     calibration_rows: int = option(
-        32,
-        "Rows ranked before the run to measure how much the teacher favours each letter, whatever "
+        64,
+        "Rows ranked when the teacher starts to measure how much it favours each letter, whatever "
         "stands behind it; that is subtracted from its logits from then on. 0: no calibration.",
         ge=0,
     )

@@ -10,12 +10,19 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
 from cotrain.config import Config
-from cotrain.data.batches import EpochSampler, SequenceBatch, SequenceDataset, make_loader
+from cotrain.data.batches import (
+    EpochSampler,
+    SequenceBatch,
+    SequenceDataset,
+    collate,
+    make_loader,
+)
 from cotrain.data.interactions import InteractionData
 from cotrain.distill import losses
 from cotrain.distill.querying import Teacher, verdict_weight
@@ -32,8 +39,8 @@ from cotrain.evaluation.metrics import metrics_from_ranks
 from cotrain.runtime.interruption import StopRequest
 from cotrain.runtime.seeding import replayed, torch_state
 from cotrain.runtime.tracking import MetricsLog, clock, progress_bar
-from cotrain.student.retrieval import retrieve
-from cotrain.student.sasrec import StudentOutput
+from cotrain.student.retrieval import Candidates, retrieve
+from cotrain.student.sasrec import SASRec, StudentOutput
 
 SELECTION_METRIC = "ndcg@10"
 
@@ -153,13 +160,7 @@ def distillation_terms(
     """
     device = accelerator.device
     student = accelerator.unwrap_model(state.student.model)
-    candidates = retrieve(
-        output.user_state,
-        student.item_vectors,
-        batch.history.to(device),
-        batch.cut_target.to(device),
-        teacher.num_candidates,
-    ).cpu()
+    candidates = propose(student, output, batch, teacher.num_candidates)
     verdict, asked = teacher.ask(batch, candidates, state.epoch)
     probs = losses.teacher_distribution(
         verdict.identifier_logits, config.distill.teacher_temperature
@@ -184,6 +185,21 @@ def distillation_terms(
         entropy_sum=(losses.entropy(probs).to(device) * valid).sum(),
         n_valid=valid.sum(),
     )
+
+
+def propose(
+    student: SASRec, output: StudentOutput, batch: SequenceBatch, num_candidates: int
+) -> Candidates:
+    """The student's candidates at the cut of every row, on the CPU."""
+    device = output.user_state.device
+    candidates = retrieve(
+        output.user_state,
+        student.item_vectors,
+        batch.history.to(device),
+        batch.cut_target.to(device),
+        num_candidates,
+    )
+    return candidates.cpu()
 
 
 def _total(values: Tensor, accelerator: Accelerator) -> Tensor:
@@ -247,11 +263,9 @@ def fit(state: CotrainState, run: Run) -> None:
     with StopRequest() as stop, pace.bar:
         while state.epoch < train.epochs and state.step < pace.total_steps:
             teacher = run.teacher if state.epoch >= train.warmup_epochs else None
-            first_batch = state.epoch == train.warmup_epochs and state.step_in_epoch == 0
-            if first_batch and state.control is None:
-                state.start_effective_rank = state.meter.student_states.effective_rank()
-                if train.control:
-                    state.control = fork_control(state, run.config, accelerator)
+            if state.epoch == train.warmup_epochs and state.step_in_epoch == 0:
+                pace.bar.set_description_str("calibrating the teacher")
+                start_teaching(state, run, dataset)
             sampler.start_at(state.epoch, state.step_in_epoch)
             for batch in loader:
                 rate = learning_rate(state.step, pace.total_steps, run.config)
@@ -277,6 +291,28 @@ def fit(state: CotrainState, run: Run) -> None:
                 validate(state, run)
             state.epoch += 1
             state.step_in_epoch = 0
+
+
+def start_teaching(state: CotrainState, run: Run, dataset: SequenceDataset) -> None:
+    """What happens once, between the warm-up and the first step with the teacher."""
+    state.start_effective_rank = state.meter.student_states.effective_rank()
+    if run.config.train.control:
+        state.control = fork_control(state, run.config, run.accelerator)
+    for learner in state.learners:
+        # Student and control choose their best epoch from the same ones, those after the fork.
+        learner.best_metric = -1.0
+    count = min(run.config.teacher.calibration_rows, len(dataset))
+    if count:
+        # On the student's own candidates: the bias depends on what is shown, and measured on random
+        # items it leaves three times as much.
+        draw = np.random.default_rng((run.config.seed, 5)).permutation(dataset.users)[:count]
+        rows = collate([dataset[user, state.epoch] for user in draw.tolist()])
+        student = run.accelerator.unwrap_model(state.student.model).eval()
+        with torch.no_grad():
+            output = student(rows.to(run.accelerator.device))
+        student.train()
+        run.teacher.calibrate(rows, propose(student, output, rows, run.teacher.num_candidates))
+        state.letter_bias = run.teacher.ranker.letter_bias
 
 
 def validate(state: CotrainState, run: Run) -> None:

@@ -62,6 +62,8 @@ class TeacherMeter:
         distance = (ranks - torch.arange(1, size + 1)).double().square().sum(1)
         agreement = 1 - 6 * distance / (size * (size**2 - 1))
         self.failures.update(verdict.failures)
+        held = valid & (candidates.target_rank > 0)
+        place = (candidates.target_rank - 1).clamp(min=0)[:, None]
         self.totals.update(
             {
                 "rows_asked": int(asked.sum()),
@@ -72,6 +74,9 @@ class TeacherMeter:
                 "confidence": float(verdict.confidence[valid].sum()),
                 "target_in_candidates": int((candidates.target_rank[asked] > 0).sum()),
                 "agreement": float(agreement[valid].sum()),
+                "rows_with_target": int(held.sum()),
+                "teacher_reciprocal": float((1 / ranks.gather(1, place).flatten()[held]).sum()),
+                "student_reciprocal": float((1 / candidates.target_rank[held]).sum()),
             }
         )
         self.decision_states.add(verdict.decision_state[valid])
@@ -150,6 +155,12 @@ class TeacherMeter:
             "confidence": totals["confidence"] / valid,
             "target_in_candidates": totals["target_in_candidates"] / max(totals["rows_asked"], 1),
             "agreement": totals["agreement"] / valid,
+            "target_placing": {
+                "rows": totals["rows_with_target"],
+                "teacher": totals["teacher_reciprocal"] / max(totals["rows_with_target"], 1),
+                "student": totals["student_reciprocal"] / max(totals["rows_with_target"], 1),
+                "random": float((1 / np.arange(1, self.num_candidates + 1)).mean()),
+            },
             "mean_rank_by_shown_position": (self.rank_by_position / valid).tolist(),
             "choice_share_by_shown_position": (self.first_by_position / valid).tolist(),
         }

@@ -61,6 +61,8 @@ def finish(state: CotrainState, run: Run) -> dict[str, Any]:
             "mode": config.teacher.mode,
             "decision_position": config.teacher.decision_position,
             "parameters": teacher.num_parameters,
+            "calibration_rows": config.teacher.calibration_rows,
+            "letter_bias": state.letter_bias.tolist(),
             **meter.as_report(),
         },
         "effective_rank": _effective_ranks(state, meter),
@@ -132,6 +134,14 @@ def _warnings(report: dict[str, Any]) -> list[str]:
         warnings.append(
             f"The teacher hardly distinguishes the candidates: the entropy of its answers is "
             f"{teacher['identifier_entropy']:.2f} of at most {teacher['entropy_uniform']:.2f} nats."
+        )
+    placing = teacher["target_placing"]
+    if placing["rows"] and placing["teacher"] < placing["student"]:
+        warnings.append(
+            f"Where the true next item was among the candidates ({placing['rows']} training rows), "
+            f"the student's own order places it better than the teacher: mean reciprocal rank "
+            f"{placing['student']:.3f} against {placing['teacher']:.3f}; any order gives "
+            f"{placing['random']:.3f}. Do not expect a lift from this teacher."
         )
     if report["effective_rank"]["collapsed"]:
         warnings.append(

@@ -52,6 +52,15 @@ class Teacher:
     seed: int
     probed_rows_per_s: float
 
+    def calibrate(self, rows: SequenceBatch, candidates: Candidates) -> None:
+        """Measure the teacher's letter bias on rows of its student, on the CPU, and remove it."""
+        complete = candidates.complete.nonzero().flatten()
+        self.ranker.calibrate(
+            [rows.history[row][rows.history[row] != 0].tolist() for row in complete],
+            candidates.item_ids[complete].tolist(),
+            [(self.seed, 4, int(row)) for row in complete],
+        )
+
     def ask(
         self, batch: SequenceBatch, candidates: Candidates, epoch: int
     ) -> tuple[TeacherVerdict, Tensor]:

@@ -124,6 +124,7 @@ def prepare(config: Config, resume: bool = False) -> tuple[CotrainState, Run]:
     log_bytes = 0
     if resume:
         log_bytes = restore_checkpoint(state, folder, config, accelerator)
+        teacher.ranker.letter_bias = state.letter_bias
         say(f"Resuming {folder} at step {state.step}")
     elif accelerator.is_main_process:
         make_folder(folder, config, accelerator)
@@ -155,7 +156,7 @@ def make_folder(folder: Path, config: Config, accelerator: Accelerator) -> None:
 
 
 def make_teacher(config: Config, data: InteractionData, device: torch.device, say: Any) -> Teacher:
-    """Load the language model, try it on real prompts and calibrate it.
+    """Load the language model, try it on real prompts.
 
     Raises:
         AssetError, TeacherError, ConfigError: It cannot be loaded, its identifiers are not single
@@ -176,16 +177,13 @@ def make_teacher(config: Config, data: InteractionData, device: torch.device, sa
     )
     ranker = RankLLM(backbone, prompts, settings.batch_tokens, config.distill.teacher_temperature)
     trained = np.flatnonzero(np.diff(data.offsets) - 2 >= 2)
-    # At least a few rows even without calibration: they show whether the teacher answers at all.
-    count = settings.calibration_rows or 4
-    draw = np.random.default_rng((config.seed, 3))
-    users = draw.choice(trained, count, replace=count > len(trained)).tolist()
-    rows = (
+    users = trained[:8].tolist()
+    any_items = list(range(1, settings.num_candidates + 1))
+    probe = ranker.rank(
         [data.train_history(user).tolist() for user in users],
-        [(draw.choice(data.num_items, settings.num_candidates, False) + 1).tolist() for _ in users],
-        [(config.seed, 4, row) for row in range(count)],
+        [any_items for _ in users],
+        [(config.seed, user) for user in users],
     )
-    probe = ranker.calibrate(*rows) if settings.calibration_rows else ranker.rank(*rows)
     if not probe.valid.all():
         raise TeacherError(
             f"The teacher {settings.model!r} with quantization {settings.quantization} answers "
@@ -193,9 +191,6 @@ def make_teacher(config: Config, data: InteractionData, device: torch.device, sa
             "Try --teacher.quantization bf16 or fp32, or another model."
         )
     rate = len(users) / probe.seconds
-    if settings.calibration_rows:
-        spread = ranker.letter_bias.max() - ranker.letter_bias.min()
-        say(f"Teacher: calibrated on {count} rows; its letters differed by {spread:.1f} nats")
     say(
         f"Teacher: {backbone.num_parameters / 1e6:,.0f} M parameters on {device}, "
         f"{rate:.2f} rows/s, about {probe.prompt_tokens // len(users)} tokens a row"
@@ -211,6 +206,7 @@ def say_plan(
     """Print what follows from the settings before the time is spent."""
     train = config.train
     asked = teacher.query.rows_per_epoch * (train.epochs - train.warmup_epochs)
+    asked += config.teacher.calibration_rows
     parameters = sum(p.numel() for p in state.student.model.parameters())
     say(f"Student: SASRec, {parameters / 1e6:.2f} M parameters")
     say(

@@ -294,6 +294,20 @@ def _teacher_rows(report: dict[str, Any]) -> list[tuple[str, str, str]]:
     if entropy is not None:
         hint = f"{percent(entropy / uniform)} of uniform guessing" if uniform else ""
         rows.append(("Mean entropy", f"{number(entropy, 2)} nats", hint))
+    if get("calibration_rows") and get("letter_bias"):
+        spread = max(get("letter_bias")) - min(get("letter_bias"))
+        hint = f"between its dearest and its least loved letter, on {get('calibration_rows')} rows"
+        rows.append(("Letter bias removed", f"{number(spread, 1)} nats", hint))
+    placing = get("target_placing") or {}
+    if placing.get("rows"):
+        rows.append(
+            (
+                "Mean reciprocal rank of the true item",
+                number(placing["teacher"], 3),
+                f"student's own order {number(placing['student'], 3)}, any order "
+                f"{number(placing['random'], 3)}; on {number(placing['rows'])} rows that hold it",
+            )
+        )
     rows += [
         ("Mean confidence", number(get("confidence"), 3), "0 guesses, 1 is certain"),
         (
