@@ -3,6 +3,7 @@
 # Further arguments override settings, e.g.: bash scripts/quickstart.sh --seed 1
 set -euo pipefail
 cd "$(dirname "$0")/.."
+extra=""
 source scripts/environment.sh
 # --quiet: after an error, no traceback of the launcher below the message.
 accelerate launch --quiet scripts/train_online.py --config scripts/recipes/quickstart.yaml "$@"

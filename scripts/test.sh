@@ -3,7 +3,8 @@
 # Further arguments go to pytest, e.g.: bash scripts/test.sh -m slow
 set -euo pipefail
 cd "$(dirname "$0")/.."
-source scripts/environment.sh test
+extra=test
+source scripts/environment.sh
 ruff check .
 ruff format --check .
 pyright
