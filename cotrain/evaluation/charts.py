@@ -37,8 +37,8 @@ _LOSS_CAPTIONS = {
     ),
     "loss_rank": (
         "Ranking loss",
-        "Cross-entropy between the teacher's and the student's ranking of the candidates; lower "
-        "means closer to the teacher, and the floor is the entropy of its distribution, not 0",
+        "Cross-entropy between the teacher's and the student's ranking of the candidates, each row "
+        "times the teacher's confidence; lower means closer, or a teacher less sure of itself",
     ),
     "loss_emb": (
         "Alignment loss",

@@ -37,10 +37,10 @@ def real_prompts(backbone: Backbone, data: InteractionData, count: int) -> tuple
     return prompts, builder.identifier_ids
 
 
-def generated(model: torch.nn.Module, prompt: list[int]) -> tuple[Tensor, Tensor]:
+def generated(model: Any, prompt: list[int]) -> tuple[Tensor, Tensor]:
     """Decision state and logits over the vocabulary, the plain way, for one prompt."""
     ids = torch.tensor([prompt])
-    output = model.generate(  # type: ignore[operator]
+    output = model.generate(
         input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=1, do_sample=False,
         output_hidden_states=True, output_logits=True, return_dict_in_generate=True,
     )  # fmt: skip
