@@ -264,7 +264,6 @@ def fit(state: CotrainState, run: Run) -> None:
         while state.epoch < train.epochs and state.step < pace.total_steps:
             teacher = run.teacher if state.epoch >= train.warmup_epochs else None
             if state.epoch == train.warmup_epochs and state.step_in_epoch == 0:
-                pace.bar.set_description_str("calibrating the teacher")
                 start_teaching(state, run, dataset)
             sampler.start_at(state.epoch, state.step_in_epoch)
             for batch in loader:
@@ -311,7 +310,9 @@ def start_teaching(state: CotrainState, run: Run, dataset: SequenceDataset) -> N
         with torch.no_grad():
             output = student(rows.to(run.accelerator.device))
         student.train()
-        run.teacher.calibrate(rows, propose(student, output, rows, run.teacher.num_candidates))
+        candidates = propose(student, output, rows, run.teacher.num_candidates)
+        shown = "calibrating the teacher" if run.accelerator.is_main_process else None
+        run.teacher.calibrate(rows, candidates, shown)
         state.letter_bias = run.teacher.ranker.letter_bias
 
 

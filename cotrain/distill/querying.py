@@ -52,13 +52,16 @@ class Teacher:
     seed: int
     probed_rows_per_s: float
 
-    def calibrate(self, rows: SequenceBatch, candidates: Candidates) -> None:
+    def calibrate(
+        self, rows: SequenceBatch, candidates: Candidates, progress: str | None = None
+    ) -> None:
         """Measure the teacher's letter bias on rows of its student, on the CPU, and remove it."""
         complete = candidates.complete.nonzero().flatten()
         self.ranker.calibrate(
             [rows.history[row][rows.history[row] != 0].tolist() for row in complete],
             candidates.item_ids[complete].tolist(),
             [(self.seed, 4, int(row)) for row in complete],
+            progress,
         )
 
     def ask(

@@ -213,5 +213,6 @@ def say_plan(
         f"Plan: {train.warmup_epochs} epochs of cross-entropy, then "
         f"{train.epochs - train.warmup_epochs} with the teacher on {asked:,} rows "
         f"(about {tracking.clock(asked / teacher.probed_rows_per_s)} of teacher time)"
+        + (f"; cut short at step {train.max_steps}" if train.max_steps else "")
     )
     say(f"Run folder: {folder}\n")

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from tqdm import tqdm
 
 from cotrain.data.batches import left_pad
 from cotrain.data.interactions import InteractionData
@@ -49,7 +50,14 @@ def evaluate(
     was_training = model.training
     model.eval()
     found = []
-    for start in range(0, len(users), batch_size):
+    starts = tqdm(
+        range(0, len(users), batch_size),
+        desc=f"ranking {split} items",
+        delay=3,  # short evaluations stay silent
+        leave=False,
+        disable=rank != 0,
+    )
+    for start in starts:
         group = users[start : start + batch_size]
         histories, targets = zip(
             *(history_and_target(data, user, split) for user in group), strict=True

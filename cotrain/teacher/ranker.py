@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from cotrain.teacher.backbone import Backbone
 from cotrain.teacher.prompts import PromptBuilder
@@ -115,6 +116,7 @@ class RankLLM:
         histories: Sequence[Sequence[int]],
         candidates: Sequence[Sequence[int]],
         seeds: Sequence[Sequence[int]],
+        progress: str | None = None,
     ) -> TeacherVerdict:
         """Measure and from now on remove what the teacher gives each letter regardless of content.
 
@@ -127,7 +129,7 @@ class RankLLM:
         Source: Zhou et al., "Batch Calibration", ICLR 2024. A content-free prompt ("N/A" for every
         title), the other usual estimate, left most of the bias of SmolLM2-135M in place.
         """
-        verdict = self.rank(histories, candidates, seeds)
+        verdict = self.rank(histories, candidates, seeds, progress)
         shown = verdict.identifier_logits.gather(1, verdict.shown_order)[verdict.valid]
         if len(shown):
             # Row by row, because how sure a prompt makes the teacher of any letter is no bias.
@@ -140,6 +142,7 @@ class RankLLM:
         histories: Sequence[Sequence[int]],
         candidates: Sequence[Sequence[int]],
         seeds: Sequence[Sequence[int]],
+        progress: str | None = None,
     ) -> TeacherVerdict:
         """Rank each row's candidates.
 
@@ -148,6 +151,7 @@ class RankLLM:
             candidates: B lists of K item indices.
             seeds: B seeds of the order in which candidates are shown, so that a row's prompt does
                 not depend on the batch that it is in.
+            progress: What a bar over the rows says; none: no bar.
 
         Returns:
             The verdict, on the CPU.
@@ -161,7 +165,7 @@ class RankLLM:
             self.prompts.build(history, [row[place] for place in order])
             for history, row, order in zip(histories, candidates, shown_order, strict=True)
         ]
-        states, shown_logits = self._forward(prompts)
+        states, shown_logits = self._forward(prompts, progress)
         shown_logits = shown_logits - self.letter_bias
         order = torch.from_numpy(shown_order)
         logits = torch.empty_like(shown_logits).scatter_(1, order, shown_logits)
@@ -184,13 +188,18 @@ class RankLLM:
             seconds=time.perf_counter() - started,
         )
 
-    def _forward(self, prompts: list[list[int]]) -> tuple[Tensor, Tensor]:
+    def _forward(self, prompts: list[list[int]], progress: str | None) -> tuple[Tensor, Tensor]:
         """(B, H) decision states and (B, K) identifier logits as shown, float32 on the CPU."""
         identifiers = torch.tensor(self.prompts.identifier_ids, device=self.backbone.device)
         states = torch.empty(len(prompts), self.backbone.hidden_size)
         logits = torch.empty(len(prompts), len(identifiers))
-        for rows in plan_micro_batches([len(prompt) for prompt in prompts], self.batch_tokens):
-            state = self.backbone.decision_states([prompts[row] for row in rows])
-            states[rows] = state.float().cpu()
-            logits[rows] = self.backbone.token_logits(state, identifiers).cpu()
+        bar = tqdm(
+            total=len(prompts), desc=progress, unit="rows", leave=False, disable=progress is None
+        )
+        with bar:
+            for rows in plan_micro_batches([len(prompt) for prompt in prompts], self.batch_tokens):
+                state = self.backbone.decision_states([prompts[row] for row in rows])
+                states[rows] = state.float().cpu()
+                logits[rows] = self.backbone.token_logits(state, identifiers).cpu()
+                bar.update(len(rows))
         return states, logits

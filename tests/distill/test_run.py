@@ -208,46 +208,38 @@ def test_without_a_control_there_is_no_lift(options: Options):
     assert report["shipped"] == "student"
 
 
-def single_letters_broken(options: Options, tmp_path: Path) -> None:
-    """A teacher whose tokenizer has a token for '[B' and so no single B after a bracket."""
-    folder = tmp_path / "teacher"
-    source = Path(options["teacher.model"])
+def copied_teacher(options: Options, tmp_path: Path, only: str = "*") -> Path:
+    """A folder of its own with the teacher's files, set as the teacher."""
+    source, folder = Path(options["teacher.model"]), tmp_path / "teacher"
     folder.mkdir()
-    for file in source.iterdir():
+    for file in source.glob(only):
         (folder / file.name).write_bytes(file.read_bytes())
+    options["teacher.model"] = folder
+    return folder
+
+
+def single_letters_broken(options: Options, tmp_path: Path) -> None:
+    """A tokenizer that has a token for '[B' and so no single B after a bracket."""
+    folder = copied_teacher(options, tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.add_tokens(["[B"])
     tokenizer.save_pretrained(folder)
-    options["teacher.model"] = folder
 
 
 def without_weights(options: Options, tmp_path: Path) -> None:
-    folder = tmp_path / "teacher"
-    folder.mkdir()
-    source = Path(options["teacher.model"])
-    (folder / "config.json").write_bytes((source / "config.json").read_bytes())
-    options["teacher.model"] = folder
+    copied_teacher(options, tmp_path, only="config.json")
 
 
 def short_context(options: Options, tmp_path: Path) -> None:
-    folder = tmp_path / "teacher"
-    folder.mkdir()
-    for file in Path(options["teacher.model"]).iterdir():
-        (folder / file.name).write_bytes(file.read_bytes())
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 100}))
-    options["teacher.model"] = folder
+    path = copied_teacher(options, tmp_path) / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"max_position_embeddings": 100}))
 
 
 def nan_weights(options: Options, tmp_path: Path) -> None:
-    folder = tmp_path / "teacher"
-    folder.mkdir()
-    for file in Path(options["teacher.model"]).iterdir():
-        (folder / file.name).write_bytes(file.read_bytes())
-    weights = load_file(folder / "model.safetensors")
+    path = copied_teacher(options, tmp_path) / "model.safetensors"
+    weights = load_file(path)
     weights["model.norm.weight"].fill_(torch.nan)
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    options["teacher.model"] = folder
+    save_file(weights, path, metadata={"format": "pt"})
 
 
 def existing_run(options: Options, tmp_path: Path) -> None:
