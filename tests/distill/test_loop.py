@@ -163,3 +163,27 @@ def test_learning_rate_warms_up_and_ends_at_its_ratio():
     assert rates[9] == rates[10] == pytest.approx(1e-3)
     assert rates[-1] == pytest.approx(1e-4)
     assert rates[10:] == sorted(rates[10:], reverse=True)
+
+
+def test_student_and_control_choose_their_best_epoch_after_the_fork(prepared: Prepare):
+    # Regression: an epoch of the warm-up could be the best of both, and the lift exactly zero.
+    state, run = prepared("--train.epochs", "5", "--train.warmup_epochs", "3")
+    fit(state, run)
+    assert [learner.best_epoch > 3 for learner in state.learners] == [True, True]
+    rows = [row for row in run.log.rows() if row["kind"] == "validation" and row["epoch"] > 3]
+    for learner in state.learners:
+        of_learner = [row["ndcg@10"] for row in rows if row["model"] == learner.name]
+        assert learner.best_metric == max(of_learner)
+
+
+def test_the_teacher_is_calibrated_once_when_it_starts(prepared: Prepare):
+    state, run = prepared()
+    assert not state.letter_bias.any()
+    fit(state, run)
+    assert state.letter_bias.any()
+    assert state.letter_bias.equal(run.teacher.ranker.letter_bias)
+    # Calibration rows teach nothing and are not counted as asked.
+    assert state.meter.totals["rows_asked"] == 2 * run.teacher.query.rows_per_epoch
+    state, run = prepared("--teacher.calibration_rows", "0")
+    fit(state, run)
+    assert not state.letter_bias.any()
