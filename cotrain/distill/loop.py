@@ -260,13 +260,16 @@ def fit(state: CotrainState, run: Run) -> None:
     )  # fmt: skip
     loader = make_loader(dataset, sampler)
     pace = Pace(run, sampler.steps_per_epoch, state)
+    ended = False
     with StopRequest() as stop, pace.bar:
-        while state.epoch < train.epochs and state.step < pace.total_steps:
+        while not ended:
             teacher = run.teacher if state.epoch >= train.warmup_epochs else None
             if state.epoch == train.warmup_epochs and state.step_in_epoch == 0:
                 start_teaching(state, run, dataset)
             sampler.start_at(state.epoch, state.step_in_epoch)
             for batch in loader:
+                if state.step >= pace.total_steps:
+                    break
                 rate = learning_rate(state.step, pace.total_steps, run.config)
                 for learner in state.learners:
                     for group in learner.optimizer.param_groups:
@@ -283,8 +286,6 @@ def fit(state: CotrainState, run: Run) -> None:
                     save_checkpoint(state, run.folder, run.config, accelerator, run.log.num_bytes)
                 if stopping:
                     raise Interrupted(state.step, pace.total_steps, run.folder)
-                if state.step >= pace.total_steps:
-                    break
             ended = state.epoch + 1 == train.epochs or state.step >= pace.total_steps
             if ended or (state.epoch + 1) % train.eval_every_epochs == 0:
                 validate(state, run)

@@ -14,7 +14,7 @@ from cotrain.data.batches import EpochSampler, SequenceBatch, SequenceDataset, m
 from cotrain.distill.loop import Run, cotrain_step, fit
 from cotrain.distill.losses import listnet_sum, teacher_distribution
 from cotrain.distill.run import prepare
-from cotrain.distill.state import CotrainState, learning_rate
+from cotrain.distill.state import CotrainState, learning_rate, new_state, restore_checkpoint
 from cotrain.student.retrieval import retrieve
 
 Prepare = Callable[..., tuple[CotrainState, Run]]
@@ -187,3 +187,20 @@ def test_the_teacher_is_calibrated_once_when_it_starts(prepared: Prepare):
     state, run = prepared("--teacher.calibration_rows", "0")
     fit(state, run)
     assert not state.letter_bias.any()
+
+
+@pytest.mark.parametrize("max_steps", [[], ["--train.max_steps", "10"]], ids=["whole", "cut"])
+def test_a_run_resumed_at_its_last_step_still_validates_it(prepared: Prepare, max_steps: list[str]):
+    # Regression: a checkpoint of the last step ended the loop before the last validation.
+    last = "10" if max_steps else "12"
+    state, run = prepared("--train.checkpoint_every_steps", last, *max_steps)
+    fit(state, run)
+    assert state.step == int(last)
+    again = new_state(run.data.num_items, 32, run.config, run.accelerator)
+    restore_checkpoint(again, run.folder, run.config, run.accelerator)
+    assert again.step == int(last)
+    fit(again, run)
+    assert again.step == int(last)
+    for before, after in zip(state.learners, again.learners, strict=True):
+        assert (before.best_epoch, before.best_metric) == (after.best_epoch, after.best_metric)
+        assert fingerprint(before.model) == fingerprint(after.model)
