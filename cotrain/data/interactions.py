@@ -58,6 +58,11 @@ class InteractionData:
     def num_interactions(self) -> int:
         return len(self.items)
 
+    @property
+    def trained_users(self) -> np.ndarray:
+        """(n,) users with two training items or more; one item has nothing after it to learn."""
+        return np.flatnonzero(np.diff(self.offsets) - 2 >= 2)
+
     def history(self, user: int) -> np.ndarray:
         """All items of a user, oldest first."""
         return self.items[self.offsets[user] : self.offsets[user + 1]]

@@ -7,7 +7,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
@@ -19,7 +18,7 @@ from cotrain.distill.loop import Run, fit
 from cotrain.distill.outcome import finish
 from cotrain.distill.querying import RandomQuery, Teacher
 from cotrain.distill.state import CotrainState, new_state, restore_checkpoint
-from cotrain.errors import CheckpointError, ConfigError, TeacherError
+from cotrain.errors import CheckpointError, ConfigError, DataError, TeacherError
 from cotrain.runtime import checkpoint, tracking
 from cotrain.runtime.seeding import seed_everything
 from cotrain.teacher.backbone import load_backbone
@@ -117,7 +116,7 @@ def prepare(config: Config, resume: bool = False) -> tuple[CotrainState, Run]:
     )
     for note in data.notes:
         say(f"  {note}")
-    check_against_data(config, data)
+    check_against_data(config, data, accelerator.num_processes)
     with accelerator.main_process_first():
         teacher = make_teacher(config, data, accelerator.device, say)
     state = new_state(data.num_items, teacher.ranker.backbone.hidden_size, config, accelerator)
@@ -134,16 +133,23 @@ def prepare(config: Config, resume: bool = False) -> tuple[CotrainState, Run]:
     return state, Run(config, data, teacher, accelerator, log, folder)
 
 
-def check_against_data(config: Config, data: InteractionData) -> None:
+def check_against_data(config: Config, data: InteractionData, num_processes: int) -> None:
     """Settings that only the data can refute.
 
     Raises:
         ConfigError: More candidates than items.
+        DataError: Too few users with something to train on.
     """
     if config.teacher.num_candidates > data.num_items:
         raise ConfigError(
             f"teacher.num_candidates is {config.teacher.num_candidates}, but the catalogue has "
             f"only {data.num_items} items; expected at most that many."
+        )
+    if len(data.trained_users) < num_processes:
+        raise DataError(
+            f"{len(data.trained_users)} of {data.num_users} users have 4 interactions or more: one "
+            "to predict from, one to train on, one each for validation and test. Expected at least "
+            f"{num_processes}, one a process; bring longer histories."
         )
 
 
@@ -176,8 +182,7 @@ def make_teacher(config: Config, data: InteractionData, device: torch.device, sa
         max_context_tokens=backbone.max_context_tokens,
     )
     ranker = RankLLM(backbone, prompts, settings.batch_tokens, config.distill.teacher_temperature)
-    trained = np.flatnonzero(np.diff(data.offsets) - 2 >= 2)
-    users = trained[:8].tolist()
+    users = data.trained_users[:8].tolist()
     any_items = list(range(1, settings.num_candidates + 1))
     probe = ranker.rank(
         [data.train_history(user).tolist() for user in users],
@@ -195,7 +200,7 @@ def make_teacher(config: Config, data: InteractionData, device: torch.device, sa
         f"Teacher: {backbone.num_parameters / 1e6:,.0f} M parameters on {device}, "
         f"{rate:.2f} rows/s, about {probe.prompt_tokens // len(users)} tokens a row"
     )
-    query = RandomQuery(trained, config.query.fraction, config.seed)
+    query = RandomQuery(data.trained_users, config.query.fraction, config.seed)
     return Teacher(ranker, query, settings.num_candidates, config.seed, rate)
 
 

@@ -5,7 +5,6 @@ with everything else, and `manifest.json` with the sha256 of each. It is written
 name, flushed, and renamed, so a folder of that name is complete.
 """
 
-import hashlib
 import json
 import os
 import pickle
@@ -20,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cotrain.errors import CheckpointError
+from cotrain.files import sha256
 
 _NAME = re.compile(r"step_(\d+)")
 
@@ -50,7 +50,7 @@ def save(
             copies = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
             save_file(copies, temporary / f"{name}.safetensors")
         torch.save(state, temporary / "state.pt")
-        manifest = {path.name: _sha256(path) for path in sorted(temporary.iterdir())}
+        manifest = {path.name: sha256(path) for path in sorted(temporary.iterdir())}
         (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1))
         for path in [*temporary.iterdir(), temporary]:
             _flush(path)
@@ -94,7 +94,7 @@ def load_latest(run: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]
     folder = run / "checkpoints" / f"step_{found[-1]}"
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
-        wrong = [name for name, digest in manifest.items() if _sha256(folder / name) != digest]
+        wrong = [name for name, digest in manifest.items() if sha256(folder / name) != digest]
         if wrong:
             raise CheckpointError(
                 f"{folder} was changed or cut off after it was written ({', '.join(wrong)}). "
@@ -107,14 +107,6 @@ def load_latest(run: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]
             f"{folder} cannot be read: {error}. Delete it to resume from an earlier one."
         ) from error
     return weights, state
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _flush(path: Path) -> None:

@@ -313,6 +313,16 @@ def test_more_candidates_than_items_is_refused(options: Options, tmp_path: Path)
         train_online.main(command(options)[2:])
 
 
+def test_histories_too_short_to_train_on_are_refused(options: Options, tmp_path: Path):
+    rows = [f"{user},{3 * user + item},{item}" for user in range(9) for item in range(3)]
+    short = tmp_path / "short.csv"
+    short.write_text("user_id,item_id,timestamp\n" + "\n".join(rows) + "\n")
+    options["data.interactions"] = short
+    del options["data.items"]
+    with pytest.raises(CotrainError, match="0 of 9 users have 4 interactions"):
+        train_online.main(command(options)[2:])
+
+
 @pytest.mark.parametrize("content", ["nothing", "no checkpoint", "ended"])
 def test_resuming_what_cannot_be_resumed_is_refused(tmp_path: Path, content: str):
     folder = tmp_path / "run"

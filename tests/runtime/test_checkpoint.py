@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from cotrain.errors import CheckpointError
-from cotrain.runtime import checkpoint
+from cotrain.files import sha256
 from cotrain.runtime.checkpoint import load_latest, save, steps
 
 REPOSITORY = Path(__file__).parents[2]
@@ -219,7 +219,7 @@ def test_manifest_covers_every_file(tmp_path):
     folder = tmp_path / "checkpoints" / "step_1"
     manifest = json.loads((folder / "manifest.json").read_text())
     assert sorted([*manifest, "manifest.json"]) == FILES
-    assert manifest["state.pt"] == checkpoint._sha256(folder / "state.pt")
+    assert manifest["state.pt"] == sha256(folder / "state.pt")
 
 
 # ---- a disk that refuses ------------------------------------------------------------------------
