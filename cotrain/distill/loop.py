@@ -87,7 +87,7 @@ def cotrain_step(
     nothing = output.loss_sum.new_zeros(())
     terms = Terms(nothing, nothing, nothing, nothing)
     if teacher is not None:
-        terms = distillation_terms(state, output, batch, teacher, config, accelerator)
+        terms = distillation_terms(state, output, batch, on_device, teacher, config, accelerator)
 
     sums = [output.loss_sum, output.n_targets]
     sums += [terms.rank_sum, terms.emb_sum, terms.entropy_sum, terms.n_valid]
@@ -142,6 +142,7 @@ def distillation_terms(
     state: CotrainState,
     output: StudentOutput,
     batch: SequenceBatch,
+    on_device: SequenceBatch,
     teacher: Teacher,
     config: Config,
     accelerator: Accelerator,
@@ -153,14 +154,15 @@ def distillation_terms(
     Args:
         state: Gives the student and the projector; its meter and the projector's moments change.
         output: The student's forward on `batch`.
-        batch: This process's rows, on the CPU.
+        batch: This process's rows, on the CPU, where prompts are made.
+        on_device: The same rows, where the student is.
         teacher: Who is asked, and which rows ask.
         config: Temperatures and confidence.
         accelerator: Device and collectives.
     """
     device = accelerator.device
     student = accelerator.unwrap_model(state.student.model)
-    candidates = propose(student, output, batch, teacher.num_candidates)
+    candidates = propose(student, output, on_device, teacher.num_candidates)
     verdict, asked = teacher.ask(batch, candidates, state.epoch)
     probs = losses.teacher_distribution(
         verdict.identifier_logits, config.distill.teacher_temperature
@@ -188,15 +190,14 @@ def distillation_terms(
 
 
 def propose(
-    student: SASRec, output: StudentOutput, batch: SequenceBatch, num_candidates: int
+    student: SASRec, output: StudentOutput, on_device: SequenceBatch, num_candidates: int
 ) -> Candidates:
-    """The student's candidates at the cut of every row, on the CPU."""
-    device = output.user_state.device
+    """The student's candidates at the cut of every row of its batch, moved to the CPU."""
     candidates = retrieve(
         output.user_state,
         student.item_vectors,
-        batch.history.to(device),
-        batch.cut_target.to(device),
+        on_device.history,
+        on_device.cut_target,
         num_candidates,
     )
     return candidates.cpu()
@@ -308,10 +309,11 @@ def start_teaching(state: CotrainState, run: Run, dataset: SequenceDataset) -> N
         draw = np.random.default_rng((run.config.seed, 5)).permutation(dataset.users)[:count]
         rows = collate([dataset[user, state.epoch] for user in draw.tolist()])
         student = run.accelerator.unwrap_model(state.student.model).eval()
+        on_device = rows.to(run.accelerator.device)
         with torch.no_grad():
-            output = student(rows.to(run.accelerator.device))
+            output = student(on_device)
         student.train()
-        candidates = propose(student, output, rows, run.teacher.num_candidates)
+        candidates = propose(student, output, on_device, run.teacher.num_candidates)
         shown = "calibrating the teacher" if run.accelerator.is_main_process else None
         run.teacher.calibrate(rows, candidates, shown)
         state.letter_bias = run.teacher.ranker.letter_bias

@@ -303,24 +303,27 @@ def test_an_error_is_printed_without_a_traceback(options: Options):
     assert "Traceback" not in done.stderr
 
 
+def only_these(options: Options, tmp_path: Path, rows: list[str]) -> list[str]:
+    """Arguments of a run on a table of these rows, without item titles."""
+    table = tmp_path / "table.csv"
+    table.write_text("user_id,item_id,timestamp\n" + "\n".join(rows) + "\n")
+    options["data.interactions"] = table
+    del options["data.items"]
+    return command(options)[2:]
+
+
 def test_more_candidates_than_items_is_refused(options: Options, tmp_path: Path):
     rows = [f"{user},{item},{item}" for user in range(4) for item in range(4)]
-    tiny = tmp_path / "tiny.csv"
-    tiny.write_text("user_id,item_id,timestamp\n" + "\n".join(rows) + "\n")
-    options["data.interactions"] = tiny
-    del options["data.items"]
+    arguments = only_these(options, tmp_path, rows)
     with pytest.raises(CotrainError, match="only 4 items"):
-        train_online.main(command(options)[2:])
+        train_online.main(arguments)
 
 
 def test_histories_too_short_to_train_on_are_refused(options: Options, tmp_path: Path):
     rows = [f"{user},{3 * user + item},{item}" for user in range(9) for item in range(3)]
-    short = tmp_path / "short.csv"
-    short.write_text("user_id,item_id,timestamp\n" + "\n".join(rows) + "\n")
-    options["data.interactions"] = short
-    del options["data.items"]
+    arguments = only_these(options, tmp_path, rows)
     with pytest.raises(CotrainError, match="0 of 9 users have 4 interactions"):
-        train_online.main(command(options)[2:])
+        train_online.main(arguments)
 
 
 @pytest.mark.parametrize("content", ["nothing", "no checkpoint", "ended"])
