@@ -45,7 +45,7 @@ class Asset:
 _ARTICLES = "The|A|An|La|Le|Les|L'|Il|El|Der|Die|Das|Det|O"
 
 
-def _articles_first(title: pl.Expr) -> pl.Expr:
+def articles_first(title: pl.Expr) -> pl.Expr:
     """ "Blue Angel, The (Blaue Engel, Der)" becomes "The Blue Angel (Der Blaue Engel)"."""
     return (
         title.str.replace(rf"^([^()]+), ({_ARTICLES})( \(|$)", "${2} ${1}${3}")
@@ -76,8 +76,8 @@ def build_ml_100k(wheel: Path, target: Path) -> None:
         pl.when(name == "unkonwn")
         .then(pl.lit(""))
         .when(year.str.contains(r"^\d{4}$"))
-        .then(pl.format("{} ({})", _articles_first(name), year))
-        .otherwise(_articles_first(name))
+        .then(pl.format("{} ({})", articles_first(name), year))
+        .otherwise(articles_first(name))
     )
     genres = pl.col("class")
     table(".item").select(

@@ -63,11 +63,40 @@ def _unreadable(path: Path, option: str, error: BaseException) -> DataError:
         return DataError(f"{path} is empty. Point {option} at a table with a header and rows.")
     kind = "Parquet" if path.suffix.lower() == ".parquet" else "a UTF-8 table with a header"
     # Polars goes on with advice about its own parameters, which nobody can set from here.
-    reason = " ".join(str(error).split("\n\n")[0].split())
+    reason = _damaged_line(path) or " ".join(str(error).split("\n\n")[0].split())
     return DataError(
         f"{path} cannot be read as {kind}; it may be cut off or of another format: {reason[:300]}. "
         f"Write it again, or point {option} at another file."
     )
+
+
+def _damaged_line(path: Path) -> str | None:
+    """Where a CSV or TSV goes wrong: too many fields, an open quote, no UTF-8; None if nowhere."""
+    separator = _SEPARATORS.get(path.suffix.lower())
+    if separator is None:
+        return None
+    start = 1
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            reader = csv.reader(file, delimiter=separator, strict=True)
+            expected = len(next(reader, []))
+            start = reader.line_num + 1
+            for row in reader:
+                if len(row) > expected:
+                    return f"line {start:,} has {len(row)} fields instead of {expected}"
+                start = reader.line_num + 1
+    except UnicodeDecodeError:
+        with path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                try:
+                    line.decode("utf-8")
+                except UnicodeDecodeError:
+                    return f"line {number:,} is not UTF-8"
+    except csv.Error as error:
+        return f"the row that begins in line {start:,} has a quote out of place ({error})"
+    except OSError:
+        pass
+    return None
 
 
 def require(columns: dict[str, str], present: list[str], path: Path) -> None:
@@ -79,13 +108,21 @@ def require(columns: dict[str, str], present: list[str], path: Path) -> None:
     missing = {option: name for option, name in columns.items() if name not in present}
     if missing:
         listed = ", ".join(f"{name!r} ({option})" for option, name in missing.items())
+        separator = _SEPARATORS.get(path.suffix.lower())
+        if separator is not None and len(present) == 1:
+            listed += f" (a {path.suffix} file is split at {separator!r})"
         raise DataError(
             f"{path} lacks the column{'s' if len(missing) > 1 else ''} {listed}. It has "
             f"{some_of(present, limit=20)}. Name the right ones with these options."
         )
 
 
-def ids(column: pl.Series, path: Path, name: str) -> pl.Series:
+def ids(
+    column: pl.Series,
+    path: Path,
+    name: str,
+    options: str = "--data.user_column or --data.item_column",
+) -> pl.Series:
     """Ids as Int64 or text, blanks as null.
 
     Text from CSV becomes integers only if every value is one as Python would write it: "007" and
@@ -118,11 +155,16 @@ def ids(column: pl.Series, path: Path, name: str) -> pl.Series:
         ) from error
     raise DataError(
         f"Column {name!r} of {path} is {dtype}; ids have to be integers or text. Convert it, or "
-        "name another column with --data.user_column or --data.item_column."
+        f"name another column with {options}."
     )
 
 
-def text(column: pl.Series, path: Path, name: str) -> pl.Series:
+def text(
+    column: pl.Series,
+    path: Path,
+    name: str,
+    options: str = "--data.title_column or --data.categories_column",
+) -> pl.Series:
     """A column as stripped text, blanks as null; lists of text are joined by a bar.
 
     Raises:
@@ -133,7 +175,7 @@ def text(column: pl.Series, path: Path, name: str) -> pl.Series:
     elif column.dtype.is_nested() or column.dtype in (pl.Binary, pl.Object):
         raise DataError(
             f"Column {name!r} of {path} is {column.dtype}; text is expected. Convert it, or name "
-            "another column with --data.title_column or --data.categories_column."
+            f"another column with {options}."
         )
     return _without_blanks(column.cast(pl.String).str.strip_chars())
 
@@ -149,10 +191,15 @@ def rows_text(count: int) -> str:
 
 
 def places(path: Path, rows: list[int]) -> str:
-    """Where data rows (from 0) stand in the file: `row 3 (line 4)`; Parquet has no lines."""
+    """Where data rows (from 0, ascending) stand in the file, as `place_of_each` says it."""
+    return ", ".join(place_of_each(path, rows))
+
+
+def place_of_each(path: Path, rows: list[int]) -> list[str]:
+    """`row 3 (line 4)` for each data row (from 0, ascending); Parquet has no lines."""
     lines: dict[int, int] = {}
     separator = _SEPARATORS.get(path.suffix.lower())
-    if separator is not None:
+    if separator is not None and rows:
         # A quoted value may hold line breaks, so that rows have to be read up to the last one.
         # A cell too large for the csv module costs the line numbers, not the message.
         with path.open(encoding="utf-8", newline="") as file, contextlib.suppress(csv.Error):
@@ -165,6 +212,4 @@ def places(path: Path, rows: list[int]) -> str:
                 if number >= rows[-1]:
                     break
                 start = reader.line_num + 1
-    return ", ".join(
-        f"row {row + 1}" + (f" (line {lines[row]})" if row in lines else "") for row in rows
-    )
+    return [f"row {row + 1}" + (f" (line {lines[row]})" if row in lines else "") for row in rows]
