@@ -6,28 +6,27 @@ in `InteractionData.notes`; what cannot be repaired is a DataError that says whe
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import polars as pl
 
-from cotrain import assets
 from cotrain.config import DataConfig
-from cotrain.data import tables
+from cotrain.data import prepared, splits, tables
 from cotrain.data.catalog import Catalog
+from cotrain.data.splits import NOT_EVALUATED, HeldOut, Split
 from cotrain.errors import DataError, some_of
 
-# The shortest history that leaves something to train on beside validation and test.
-MIN_INTERACTIONS = 3
+# The shortest history that leaves something to train on beside validation and test. Under the split
+# by time one interaction to train on and one to predict are enough.
+MIN_INTERACTIONS = {"leave-one-out": 3, "time": 2}
 
 
 @dataclass(frozen=True)
 class InteractionData:
-    """Every kept interaction, and the leave-one-out split of each user's history.
-
-    The last interaction of a user is the test target, the one before it the validation target,
-    and the rest is for training.
+    """Every kept interaction, and which of them are held out.
 
     Attributes:
         name: What the report calls the data.
@@ -36,6 +35,7 @@ class InteractionData:
         items: Item indices 1..V-1, each user's in time order, users concatenated, (N,) int64.
         catalog: Item index to raw id, title and categories.
         notes: What was read, dropped and replaced, and why; one sentence each.
+        time_split: Training end and targets of each user; None: leave-one-out.
     """
 
     name: str
@@ -44,6 +44,7 @@ class InteractionData:
     items: np.ndarray
     catalog: Catalog
     notes: list[str]
+    time_split: HeldOut | None = None
 
     @property
     def num_users(self) -> int:
@@ -58,26 +59,68 @@ class InteractionData:
     def num_interactions(self) -> int:
         return len(self.items)
 
+    @cached_property
+    def held_out(self) -> HeldOut:
+        """Where training ends and the targets stand."""
+        return self.time_split or splits.leave_one_out(self.offsets)
+
     @property
     def trained_users(self) -> np.ndarray:
         """(n,) users with two training items or more; one item has nothing after it to learn."""
-        return np.flatnonzero(np.diff(self.offsets) - 2 >= 2)
+        return np.flatnonzero(self.held_out.train_end - self.offsets[:-1] >= 2)
+
+    @cached_property
+    def train_counts(self) -> np.ndarray:
+        """(V,) int64: training interactions of each item, 0 for the padding."""
+        ends = np.repeat(self.held_out.train_end, np.diff(self.offsets))
+        trained = self.items[np.arange(len(self.items)) < ends]
+        return np.bincount(trained, minlength=len(self.catalog))
+
+    def evaluated_users(self, split: Split) -> np.ndarray:
+        """(n,) users with a target in this split, ascending."""
+        return np.flatnonzero(self._places(split) != NOT_EVALUATED)
+
+    def targets(self, split: Split) -> np.ndarray:
+        """(n,) the item to be predicted for each of `evaluated_users`."""
+        return self.items[self._places(split)[self.evaluated_users(split)]]
+
+    def history_lengths(self, split: Split) -> np.ndarray:
+        """(n,) how many items are known before the target of each of `evaluated_users`."""
+        users = self.evaluated_users(split)
+        return self._places(split)[users] - self.offsets[users]
 
     def history(self, user: int) -> np.ndarray:
         """All items of a user, oldest first."""
         return self.items[self.offsets[user] : self.offsets[user + 1]]
 
     def train_history(self, user: int) -> np.ndarray:
-        """Items for training: all but the validation and the test target."""
-        return self.items[self.offsets[user] : self.offsets[user + 1] - 2]
+        """Items for training, oldest first."""
+        return self.items[self.offsets[user] : self.held_out.train_end[user]]
+
+    def history_before(self, user: int, split: Split) -> np.ndarray:
+        """What is known of a user when the split's target is to be predicted, oldest first."""
+        return self.items[self.offsets[user] : self._place(user, split)]
+
+    def target(self, user: int, split: Split) -> int:
+        """The item to be predicted."""
+        return int(self.items[self._place(user, split)])
+
+    def _places(self, split: Split) -> np.ndarray:
+        return self.held_out.validation if split == "validation" else self.held_out.test
+
+    def _place(self, user: int, split: Split) -> int:
+        place = int(self._places(split)[user])
+        if place == NOT_EVALUATED:
+            raise ValueError(f"user {user} has no {split} target; see evaluated_users({split!r})")
+        return place
 
     def validation_target(self, user: int) -> int:
-        """The last item but one."""
-        return int(self.items[self.offsets[user + 1] - 2])
+        """The item to be predicted on validation."""
+        return self.target(user, "validation")
 
     def test_target(self, user: int) -> int:
-        """The last item."""
-        return int(self.items[self.offsets[user + 1] - 1])
+        """The item to be predicted on test."""
+        return self.target(user, "test")
 
 
 def load_interactions(config: DataConfig) -> InteractionData:
@@ -85,9 +128,11 @@ def load_interactions(config: DataConfig) -> InteractionData:
 
     Raises:
         DataError: A table is missing, unreadable, empty, lacks a column or has values that cannot
-            be used; or no user is left with 3 interactions.
+            be used; no user is left with 3 interactions; or the split by time leaves nothing to
+            train on or to evaluate.
         AssetError: The named data set is unknown or cannot be fetched.
     """
+    name, notes = config.name, []
     if config.interactions is not None:
         interactions_path = Path(config.interactions).expanduser()
         items_path = None if config.items is None else Path(config.items).expanduser()
@@ -97,11 +142,16 @@ def load_interactions(config: DataConfig) -> InteractionData:
             f"tables of your own, or neither for the data set {config.name!r}."
         )
     else:
-        folder = assets.fetch(config.name, kind="data")
-        interactions_path, items_path = folder / "interactions.parquet", folder / "items.parquet"
+        found = prepared.find(config.name)
+        name, notes = found.name, [*found.notes]
+        interactions_path = found.folder / prepared.INTERACTIONS
+        items_path = found.folder / prepared.ITEMS
 
-    notes: list[str] = []
     ordered = _read_interactions(interactions_path, config, notes)
+    cuts = None
+    if config.split == "time":
+        cuts = splits.find_cuts(ordered["time"], config)
+        ordered = splits.handle_unseen_items(ordered, cuts, config, notes)
     user_ids = ordered["user"].unique(maintain_order=True)
     item_ids = ordered["item"].unique().sort()
     # Dense ranks of the raw ids are the indices: from 0 for users, from 1 for items.
@@ -112,14 +162,20 @@ def load_interactions(config: DataConfig) -> InteractionData:
     notes.append(
         f"Kept: {len(user_ids):,} users, {len(item_ids):,} items, {ordered.height:,} interactions."
     )
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    time_split = None
+    if cuts is not None:
+        times = ordered["time"].to_physical().to_numpy()
+        time_split = splits.split_by_time(offsets, times, cuts, config, notes)
     return InteractionData(
-        name=config.name,
+        name=name,
         user_ids=user_ids.to_list(),
-        offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+        offsets=offsets,
         # A copy of its own: arrays lent by polars cannot be written, which torch warns about.
         items=indices["item"].to_numpy().astype(np.int64, copy=True),
         catalog=_read_catalog(items_path, item_ids, config, notes),
         notes=notes,
+        time_split=time_split,
     )
 
 
@@ -127,7 +183,10 @@ def load_interactions(config: DataConfig) -> InteractionData:
 
 
 def _read_interactions(path: Path, config: DataConfig, notes: list[str]) -> pl.DataFrame:
-    """Kept interactions as columns user and item, sorted by user and then by time."""
+    """Kept interactions as columns user and item, sorted by user and then by time.
+
+    For the split by time they have a column time, and that comes first in the order.
+    """
     option = "--data.interactions"
     table = tables.scan(path, option)
     present = table.collect_schema().names()
@@ -142,13 +201,12 @@ def _read_interactions(path: Path, config: DataConfig, notes: list[str]) -> pl.D
         "--data.item_column": config.item_column,
         order_option: order,
     }
+    wanted = {"user": config.user_column, "item": config.item_column, "order": order}
+    if config.split == "time":
+        columns["--data.timestamp_column"] = wanted["time"] = config.timestamp_column
     tables.require(columns, present, path)
     rows = tables.collect(
-        table.select(
-            pl.col(config.user_column).alias("user"),
-            pl.col(config.item_column).alias("item"),
-            pl.col(order).alias("order"),
-        ),
+        table.select(pl.col(name).alias(as_name) for as_name, name in wanted.items()),
         path,
         option,
     )
@@ -165,22 +223,37 @@ def _read_interactions(path: Path, config: DataConfig, notes: list[str]) -> pl.D
         if dropped:
             rows = rows.drop_nulls(column)
             notes.append(f"{tables.rows_text(dropped)} without {name} dropped.")
-    rows = rows.with_columns(_order_values(rows, path, order, order_option))
-    instead = "" if order == config.timestamp_column else ", not the timestamp"
-    notes.append(
-        f"Order within a user: column {order}{instead}; equal values keep the order of the file."
-    )
+    rows = rows.with_columns(_numbers(rows, "order", path, order, order_option))
+    sorting, told = ["order"], f"column {order}"
+    if config.split == "time":
+        column = config.timestamp_column
+        times = _numbers(rows, "time", path, column, "--data.timestamp_column")
+        # Dates stay dates, so that a cut can be given and shown as one.
+        rows = rows if rows["time"].dtype.is_temporal() else rows.with_columns(times)
+        sorting = ["time", "order"]
+        told = f"column {column}" + (f", then column {order}" if order != column else "")
+    elif order != config.timestamp_column:
+        told += ", not the timestamp"
+    notes.append(f"Order within a user: {told}; equal values keep the order of the file.")
     # Stable, so that ties keep the order of the file.
-    return _drop_short(rows, path, notes).sort("user", "order", maintain_order=True)
+    shortest = MIN_INTERACTIONS[config.split]
+    return _drop_short(rows, shortest, path, notes).sort("user", *sorting, maintain_order=True)
 
 
-def _order_values(rows: pl.DataFrame, path: Path, column: str, option: str) -> pl.Series:
-    """The order column as numbers.
+def _numbers(rows: pl.DataFrame, role: str, path: Path, column: str, option: str) -> pl.Series:
+    """The column that orders the interactions, or that tells their time, as numbers.
+
+    Args:
+        rows: All rows, with their number in `row`.
+        role: `order` or `time`, the name of the column in `rows`.
+        path: Of the table, for errors, like the two that follow.
+        column: What the table calls the column.
+        option: The option that names it.
 
     Raises:
         DataError: Some row has no number there.
     """
-    given = rows["order"]
+    given = rows[role]
     if given.dtype == pl.String:
         text = given.str.strip_chars()
         # Integers first: nanoseconds since 1970 do not fit into a float.
@@ -201,33 +274,42 @@ def _order_values(rows: pl.DataFrame, path: Path, column: str, option: str) -> p
     if numbers.dtype.is_float():
         numbers = pl.select(pl.when(numbers.is_finite()).then(numbers)).to_series()
     if numbers.null_count():
-        bad = rows.select("row", "order").filter(numbers.is_null())
+        bad = rows.select("row", role).filter(numbers.is_null())
         first = bad["row"].head(5).to_list()
         where = tables.places(path, first)
-        values = some_of([*bad["order"].head(5).to_list(), *[None] * (bad.height - 5)])
+        values = some_of([*bad[role].head(5).to_list(), *[None] * (bad.height - 5)])
+        purpose, other = {
+            "order": (
+                "orders the interactions",
+                "name another column that gives the order with --data.order_column",
+            ),
+            "time": (
+                "gives the time at which --data.split time cuts",
+                "use --data.split leave-one-out, which needs an order but no times",
+            ),
+        }[role]
         raise DataError(
-            f"Column {column!r} of {path} orders the interactions, and "
+            f"Column {column!r} of {path} {purpose}, and "
             f"{tables.rows_text(bad.height)} of {rows.height:,} have no number there. First: "
-            f"{where}; values: {values}. Correct or remove these rows, or name another column that "
-            "gives the order with --data.order_column."
+            f"{where}; values: {values}. Correct or remove these rows, or {other}."
         )
-    return numbers.alias("order")
+    return numbers.alias(role)
 
 
-def _drop_short(rows: pl.DataFrame, path: Path, notes: list[str]) -> pl.DataFrame:
+def _drop_short(rows: pl.DataFrame, shortest: int, path: Path, notes: list[str]) -> pl.DataFrame:
     lengths = rows.group_by("user").len()
-    short = lengths.filter(pl.col("len") < MIN_INTERACTIONS)
+    short = lengths.filter(pl.col("len") < shortest)
     if short.height == lengths.height:
         longest = lengths["len"].max() or 0
         raise DataError(
-            f"No user in {path} has {MIN_INTERACTIONS} interactions or more: of {lengths.height:,} "
-            f"users the longest history has {longest}. Training, validation and test need one "
+            f"No user in {path} has {shortest} interactions or more: of {lengths.height:,} "
+            f"users the longest history has {longest}. Training and what is held out need one "
             "each; give a table with longer histories, and check --data.user_column."
         )
     if short.height:
         notes.append(
             f"{short.height:,} of {lengths.height:,} users dropped, with their "
-            f"{short['len'].sum():,} interactions: fewer than {MIN_INTERACTIONS}."
+            f"{short['len'].sum():,} interactions: fewer than {shortest}."
         )
     return rows.join(short, on="user", how="anti", maintain_order="left")
 

@@ -9,6 +9,8 @@ import numpy as np
 
 # 4 M resample indices at a time: about 50 MB with the values they gather.
 _CHUNK_INDICES = 4_000_000
+# A drawn count costs as much as about this many drawn users.
+_COUNT_COST = 10
 
 
 @dataclass(frozen=True)
@@ -86,10 +88,18 @@ def paired_bootstrap(
 
 def _resampled_means(values: np.ndarray, samples: int, rng: np.random.Generator) -> np.ndarray:
     """(samples,) means of resamples of `values` (U,) with replacement, in bounded memory."""
-    rows = max(1, _CHUNK_INDICES // values.size)
     means = np.empty(samples)
+    distinct, counts = np.unique(values, return_counts=True)
+    # Drawing how often each distinct value comes is the same as drawing users, and much cheaper
+    # for metrics that are 0 beyond a cut-off: 10 values of ndcg@10 instead of millions of users.
+    by_count = _COUNT_COST * distinct.size < values.size
+    rows = max(1, _CHUNK_INDICES // (distinct.size if by_count else values.size))
     for start in range(0, samples, rows):
         count = min(rows, samples - start)
+        if by_count:
+            drawn = rng.multinomial(values.size, counts / values.size, size=count)
+            means[start : start + count] = drawn @ distinct / values.size
+            continue
         chosen = rng.integers(values.size, size=(count, values.size), dtype=np.int32)
         means[start : start + count] = values[chosen].mean(axis=1)
     return means

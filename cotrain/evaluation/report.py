@@ -15,10 +15,10 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from cotrain.evaluation.charts import PALETTE, draw_charts, identifier
+from cotrain.evaluation.formats import NONE, duration, number, p_text, percent, signed
 
 PRIMARY_METRIC = "ndcg@10"
 _CONSOLE_METRICS = ("recall@10", "ndcg@10", "mrr")
-_NONE = "–"
 
 
 @dataclass(frozen=True)
@@ -149,46 +149,6 @@ def lift_text(lift: dict[str, Any]) -> str:
     return ", ".join(parts)
 
 
-def number(value: float | None, digits: int = 4) -> str:
-    """A number with fixed decimals, whole numbers with thousands separators; – when absent."""
-    if value is None:
-        return _NONE
-    if isinstance(value, int):
-        return f"{value:,}"
-    return f"{value:,.{digits}f}".replace("-", "−")
-
-
-def signed(value: float | None, digits: int = 4) -> str:
-    """A difference with its sign; one that rounds to zero carries none."""
-    if value is None:
-        return _NONE
-    text = f"{value:+.{digits}f}".replace("-", "−")
-    return text if text.strip("+−0.") else text[1:]
-
-
-def percent(value: float | None, digits: int = 1) -> str:
-    """A share as a percentage."""
-    return _NONE if value is None else f"{number(100.0 * value, digits)} %"
-
-
-def p_text(value: float) -> str:
-    """A p-value without false precision."""
-    return "p < 0.001" if value < 0.001 else f"p = {value:.{3 if value < 0.1 else 2}f}"
-
-
-def duration(seconds: float | None) -> str:
-    """Seconds as hours, minutes and seconds."""
-    if seconds is None:
-        return _NONE
-    if seconds < 10:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes} min"
-    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
-
-
 def result_table(report: dict[str, Any]) -> str:
     """The result as plain ASCII text for the console, with lift and shipped model."""
     report = json_ready(report)
@@ -211,7 +171,7 @@ def result_table(report: dict[str, Any]) -> str:
         lines.append(f"{PRIMARY_METRIC} on test: {lift_text(lift)}")
     lines.append(f"shipped: {report['shipped']}")
     # A console in the C locale cannot print typographic signs.
-    return "\n".join(lines).replace("−", "-").replace(_NONE, "-")
+    return "\n".join(lines).replace("−", "-").replace(NONE, "-")
 
 
 def render_html(report: dict[str, Any], curves: list[dict]) -> str:
@@ -236,6 +196,8 @@ def render_html(report: dict[str, Any], curves: list[dict]) -> str:
         report=report,
         verdict=verdict(report),
         metrics=_metric_names(report),
+        recommended_rows=_recommended_rows(report),
+        slice_views=_slice_views(report.get("slices") or []),
         teacher_rows=_teacher_rows(report),
         rank_rows=_rank_rows(report.get("effective_rank") or {}),
         charts={
@@ -261,6 +223,40 @@ def _metric_names(report: dict[str, Any]) -> list[str]:
     return list(names)
 
 
+def _recommended_rows(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """One row a figure about what is recommended: label, hint, each model's value, and that of the
+    items that users really took."""
+    models = [report.get(name) or {} for name in ("student", "control")]
+    taken = (report.get("dataset") or {}).get("targets") or {}
+    labels = {
+        "coverage@10": ("Catalogue coverage", "share of the catalogue that anybody is shown"),
+        "popularity@10": (
+            "Popularity percentile",
+            "of the items shown, by training interactions; 50 % is what a random draw has",
+        ),
+        "head_share@10": ("Share of the head", "of all places, on the most popular 10 % of items"),
+        "gini@10": ("Gini of exposure", "0: every item equally often, 1: one item for all"),
+    }
+    rows = []
+    for name, (label, hint) in labels.items():
+        student, control = [(model.get("recommended") or {}).get(name) for model in models]
+        if student is None and control is None:
+            continue
+        real = taken.get(name.partition("@")[0])
+        show = number if name.startswith("gini") else percent
+        values = {"student": show(student), "control": show(control)}
+        rows.append({"label": label, "hint": hint, "taken": percent(real), **values})
+    return rows
+
+
+def _slice_views(slices: list[dict[str, Any]]) -> list[tuple[str, list[dict[str, Any]]]]:
+    """The rows of the slice table by what they group users by, in reported order."""
+    views: dict[str, list[dict[str, Any]]] = {}
+    for row in slices:
+        views.setdefault(row["view"], []).append(row)
+    return list(views.items())
+
+
 def _teacher_rows(report: dict[str, Any]) -> list[tuple[str, str, str]]:
     """(label, value, how to read it) for everything that is known about the teacher."""
     teacher = report.get("teacher")
@@ -272,11 +268,11 @@ def _teacher_rows(report: dict[str, Any]) -> list[tuple[str, str, str]]:
     if asked and valid is not None:
         valid_text += f" ({percent(valid / asked)})"
     rows = [
-        ("Model", str(get("model", _NONE)), ""),
+        ("Model", str(get("model", NONE)), ""),
         ("Parameters", number(get("parameters")), ""),
-        ("Quantisation", str(get("quantization", _NONE)), ""),
-        ("Mode", str(get("mode", _NONE)), "how the verdict is read"),
-        ("Decision state", str(get("decision_position", _NONE)), "position it is taken from"),
+        ("Quantisation", str(get("quantization", NONE)), ""),
+        ("Mode", str(get("mode", NONE)), "how the verdict is read"),
+        ("Decision state", str(get("decision_position", NONE)), "position it is taken from"),
         ("Rows asked", number(asked), ""),
         ("Rows valid", valid_text, "only these teach the student"),
     ]
@@ -321,7 +317,7 @@ def _teacher_rows(report: dict[str, Any]) -> list[tuple[str, str, str]]:
             "mean Spearman; 1 repeats the student's order, 0 is unrelated to it",
         ),
     ]
-    return [row for row in rows if row[1] != _NONE]
+    return [row for row in rows if row[1] != NONE]
 
 
 def _rank_rows(ranks: dict[str, Any]) -> list[tuple[str, str]]:

@@ -5,6 +5,7 @@ import pytest
 
 from cotrain.evaluation import compare
 from cotrain.evaluation.compare import Lift, paired_bootstrap
+from cotrain.evaluation.metrics import per_user_metric
 
 
 def test_point_estimates_by_hand():
@@ -79,6 +80,27 @@ def test_deterministic_and_independent_of_the_chunk_size(monkeypatch):
     assert paired_bootstrap(a, b, samples=1000, seed=8) != first
     monkeypatch.setattr(compare, "_CHUNK_INDICES", 100)
     assert paired_bootstrap(a, b, samples=1000, seed=7) == first
+
+
+@pytest.mark.parametrize("name", ["recall@10", "ndcg@10"])
+def test_drawing_counts_of_equal_values_is_drawing_users(monkeypatch, name):
+    """The short cut for metrics with few values gives what drawing every user gives, up to the
+    noise of the draw, in either size of chunk."""
+    rng = np.random.default_rng(6)
+    control = rng.integers(1, 60, size=3000)
+    student = np.maximum(1, control - rng.integers(-2, 4, size=3000))
+    values = per_user_metric(student, name), per_user_metric(control, name)
+    short = paired_bootstrap(*values)
+    monkeypatch.setattr(compare, "_CHUNK_INDICES", 1000)
+    assert paired_bootstrap(*values) == short
+    monkeypatch.undo()
+    monkeypatch.setattr(compare, "_COUNT_COST", math.inf)
+    long = paired_bootstrap(*values)
+    assert short != long
+    assert (short.absolute, short.relative) == (long.absolute, long.relative)
+    width = long.ci95[1] - long.ci95[0]
+    assert short.ci95 == pytest.approx(long.ci95, abs=0.03 * width)
+    assert short.p_value == pytest.approx(long.p_value, abs=0.01)
 
 
 def test_as_dict_is_what_reports_hold():

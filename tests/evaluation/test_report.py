@@ -40,6 +40,18 @@ def report():
         "valid": True,
     }
     model = {"validation": scores(1.1), "test": scores(1), "best_epoch": 7, "parameters": 400_000}
+    model["recommended"] = {
+        "coverage@10": 0.184, "popularity@10": 0.935, "head_share@10": 0.8, "gini@10": 0.9378
+    }  # fmt: skip
+    means = {"recall@10": 0.1, "ndcg@10": 0.05}
+    rows = [("Popularity of the target", "second quarter", "9 items, 2–3 interactions each", 40)]
+    rows += [("Length of the history", "1–4 items", "", 1234)]
+    slices = [
+        {"view": view, "label": label, "detail": detail, "users": users, "share": 0.25}
+        | {"student": means, "control": means}
+        | {"lift": {name: lift(0.001, -0.002, 0.004, 0.5) for name in means}}
+        for view, label, detail, users in rows
+    ]
     return {
         "name": "ml-100k",
         "seed": 0,
@@ -51,7 +63,11 @@ def report():
             "items": 1682,
             "interactions": 100_000,
             "notes": ["1 item has no title."],
+            "split": "time",
+            "evaluated_users": {"validation": 81, "test": 69},
+            "targets": {"popularity": 0.772, "head_share": 0.353},
         },
+        "slices": slices,
         "student": model,
         "control": copy.deepcopy(model),
         "lift": {
@@ -232,6 +248,14 @@ def test_page_shows_the_run(report, curves, tmp_path):
         "The true next item, Elsewhere, was not among the candidates.",
         "The teacher's answer was not usable",
         "student.hidden_size",
+        "Test users69",
+        "Split by time: training ends at one moment for all users",
+        "Popularity percentile of the items shown, by training interactions; 50 % is what a random "
+        "draw has 93.5 % 93.5 % 77.2 %",
+        "Gini of exposure 0: every item equally often, 1: one item for all 0.9378 0.9378 –",
+        "second quarter 9 items, 2–3 interactions each 40 25.0 % 0.1000 0.1000 +0.0010 "
+        "−0.0020 to +0.0040",
+        "1–4 items 1,234 25.0 %",
     ):
         assert expected in text, expected
     assert text.count("Babe next") == 3  # as shown, teacher's and student's place, first example
@@ -271,7 +295,15 @@ def no_teacher(report, curves):
 
 def no_control(report, curves):
     report.update(control=None, lift=None, shipped="student")
+    report["slices"] = [{**row, "control": None, "lift": None} for row in report["slices"]]
     return [row for row in curves if row.get("model") != "control"]
+
+
+def nothing_recommended(report, curves):
+    """As NaN comes out of the JSON."""
+    report["student"]["recommended"] = {"coverage@10": 0.0, "gini@10": math.nan}
+    report["slices"] = []
+    return curves
 
 
 def neither(report, curves):
@@ -330,6 +362,7 @@ def bare(report, curves):
     [
         no_teacher,
         no_control,
+        nothing_recommended,
         neither,
         no_curves,
         one_step,
@@ -401,6 +434,8 @@ def test_a_difference_is_bold_only_where_its_interval_excludes_zero(report, curv
     assert 'class="real"' not in render(report, curves, tmp_path)
     report["lift"]["mrr"] = lift(0.01, 0.004, 0.02, 0.001)
     assert render(report, curves, tmp_path).count('class="real"') == 1
+    report["slices"][1]["lift"]["ndcg@10"] = lift(-0.01, -0.02, -0.004, 0.001)
+    assert render(report, curves, tmp_path).count('class="real"') == 2
 
 
 def test_result_table(report):
