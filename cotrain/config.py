@@ -41,7 +41,8 @@ class DataConfig:
 
     name: str = option(
         "ml-100k",
-        "Name of a known data set; with data.interactions set, only a label for the report.",
+        "Name of a known or prepared data set, or path of a prepared folder; with "
+        "data.interactions set, only a label for the report.",
     )
     interactions: str | None = option(
         None, "Parquet, CSV or TSV table of interactions, one row each; none: the data set `name`."
@@ -61,6 +62,36 @@ class DataConfig:
     categories_column: str | None = option(
         "categories", "Column of the item categories, joined by a bar; none, or absent: not used."
     )
+    split: Literal["leave-one-out", "time"] = option(
+        "leave-one-out",
+        "leave-one-out: of every user the last interaction is the test target, the one before it "
+        "the validation target. time: one cut for all users; nothing after it is trained on.",
+    )
+    validation_share: float = option(
+        0.1, "Split by time: share of the interactions in the validation window.", gt=0, lt=0.5
+    )
+    test_share: float = option(
+        0.1,
+        "Split by time: share of the interactions, the latest, in the test window.",
+        gt=0,
+        lt=0.5,
+    )
+    validation_start: str | None = option(
+        None,
+        "Split by time: start of the validation window, in place of validation_share; a number in "
+        "the unit of the timestamps, or an ISO date where they are dates; none: by share.",
+    )
+    test_start: str | None = option(
+        None, "Split by time: start of the test window, like validation_start; none: by share."
+    )
+    time_target: Literal["last", "first"] = option(
+        "last", "Split by time: which of a user's interactions in a window is to be predicted."
+    )
+    unseen_items: Literal["keep", "drop"] = option(
+        "keep",
+        "Split by time: items without an interaction before the validation window. keep: they stay "
+        "in the catalogue and can be targets. drop: they leave, with their interactions.",
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,15 +103,21 @@ class StudentConfig:
     num_heads: int = option(2, "Attention heads; divides hidden_size.", ge=1)
     max_length: int = option(200, "Most recent interactions that the student sees.", ge=1)
     dropout: float = option(0.3, "Dropout probability.", ge=0, lt=1)
+    item_text: str | None = option(
+        None,
+        "Start item embeddings from the items' titles and categories, encoded by this sentence "
+        "encoder (a known asset, a local folder or a hub name) or by the `teacher`; none: random.",
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class TeacherConfig:
     """The language model that ranks the student's candidates (RankLLM)."""
 
-    model: str = option(
+    model: str | None = option(
         "smollm2-135m-instruct",
-        "Causal language model: a known asset, a local folder, or a hub name.",
+        "Causal language model: a known asset, a local folder, or a hub name; none: train the "
+        "student alone.",
     )
     quantization: Literal["nf4", "int8", "bf16", "fp32"] = option(
         "nf4", "Weights: nf4 and int8 by bitsandbytes (on CPU computed in fp32), or unquantised."
@@ -143,12 +180,45 @@ class TrainConfig:
 
     epochs: int = option(40, "Passes over the users, warm-up included.", ge=1)
     warmup_epochs: int = option(
-        35, "First epochs with cross-entropy only; then the teacher and the control start.", ge=0
+        35,
+        "First epochs without the teacher, where there is one; then it and the control start.",
+        ge=0,
     )
     max_steps: int | None = option(None, "Stop after this many steps; none: no cap.", ge=1)
     batch_size: int = option(64, "Users per optimizer step, over all processes.", ge=1)
     learning_rate: float = option(1e-3, "Peak of the cosine schedule (AdamW).", gt=0)
+    loss: Literal["chunked_ce", "ce", "sampled_softmax", "bce", "gbce"] = option(
+        "chunked_ce",
+        "How the next item is learned. ce: softmax over the catalogue; chunked_ce: the same in "
+        "flat memory; sampled_softmax, bce, gbce: against num_negatives drawn items.",
+    )
+    label_smoothing: float = option(
+        0.0, "ce, chunked_ce: share of the target's mass spread over all items.", ge=0, lt=1
+    )
+    num_negatives: int = option(
+        1024, "Sampled losses: negatives a step, shared by all its positions.", ge=1
+    )
+    negatives_power: float = option(
+        0.0, "Sampled losses: negatives are drawn ∝ (training count + 1)^power; 0: evenly.", ge=0
+    )
+    logq_correction: bool = option(
+        True, "sampled_softmax: weigh negatives so that their sum estimates the whole catalogue's."
+    )
+    gbce_calibration: float = option(
+        0.75, "gbce: t between 0 (plain bce) and 1 (fully calibrated).", ge=0, le=1
+    )
+    windows: Literal["last", "random"] = option(
+        "last",
+        "Of histories longer than student.max_length, an epoch trains the last items, or a stretch "
+        "drawn anew each epoch.",
+    )
+    item_updates: Literal["all", "lazy"] = option(
+        "all",
+        "Item embeddings updated in a step. lazy: only those that it looked up, which a sampled "
+        "loss over a catalogue of 100,000 items or more needs to be fast.",
+    )
     weight_decay: float = option(0.0, "AdamW weight decay.", ge=0)
+    adam_beta2: float = option(0.98, "AdamW's decay of squared gradients.", ge=0, lt=1)
     lr_warmup_steps: int = option(50, "Steps of linear learning-rate warm-up.", ge=0)
     final_lr_ratio: float = option(
         0.1, "Learning rate at the last step, as a share of the peak.", ge=0, le=1
@@ -415,11 +485,44 @@ def _contradictions(config: Config) -> list[str]:
             f"student.hidden_size {student.hidden_size} is not a multiple of student.num_heads "
             f"{student.num_heads}; change one of them."
         )
-    if config.train.warmup_epochs >= config.train.epochs:
+    train = config.train
+    if config.teacher.model is not None and train.warmup_epochs >= train.epochs:
         problems.append(
             f"train.warmup_epochs {config.train.warmup_epochs} leaves no epoch of train.epochs "
             f"{config.train.epochs} to the teacher; lower the first or raise the second."
         )
+    if config.student.item_text == "teacher" and config.teacher.model is None:
+        problems.append(
+            "student.item_text is teacher, but teacher.model is none; name a sentence encoder, or "
+            "a teacher."
+        )
+    if train.item_updates == "lazy" and train.loss in ("ce", "chunked_ce"):
+        problems.append(
+            f"train.item_updates is lazy, but train.loss {train.loss} touches every item in every "
+            "step; set train.item_updates all, or a sampled loss."
+        )
+    if train.label_smoothing and train.loss not in ("ce", "chunked_ce"):
+        problems.append(
+            f"train.label_smoothing {train.label_smoothing} has no meaning for train.loss "
+            f"{train.loss}; set it to 0, or train.loss chunked_ce."
+        )
+    problems += _split_contradictions(config.data)
     if config.data.items is not None and config.data.interactions is None:
         problems.append("data.items is set without data.interactions; set both, or neither.")
     return problems
+
+
+def _split_contradictions(data: DataConfig) -> list[str]:
+    starts = {"validation_start": data.validation_start, "test_start": data.test_start}
+    given = [f"data.{name}" for name, value in starts.items() if value is not None]
+    if given and data.split != "time":
+        return [
+            f"{' and '.join(given)} set, but data.split is {data.split}; set data.split time, or "
+            "leave them."
+        ]
+    if len(given) == 1:
+        return [
+            f"{given[0]} is set without the other start; set both data.validation_start and "
+            "data.test_start, or neither."
+        ]
+    return []

@@ -4,8 +4,10 @@ Everything random here is a function of (seed, epoch, user), never of the batch 
 run cut into other batches, or resumed in the middle, sees the same rows.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from typing import Literal
 
 import numpy as np
 import torch
@@ -13,42 +15,42 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from cotrain.data.interactions import InteractionData
+from cotrain.data.packing import PackedSequences, pack_together
 
 PADDING = 0
 
 
 @dataclass(frozen=True)
 class SequenceBatch:
-    """B users' training sequences, left-padded.
+    """B users' training sequences, N positions in all.
 
     Attributes:
         user_index: (B,) int64.
-        item_ids: (B, L) int64 item indices, oldest first, 0 = padding.
-        target_ids: (B, L) int64, the item after each of `item_ids`, 0 where there is none.
-        cut: (B,) int64 column at which the teacher is asked: the history ends with
-            `item_ids[b, cut[b]]` and the item to predict is `target_ids[b, cut[b]]`.
-        history: (B, M) int64, every item up to the cut (also those older than L), oldest first,
-            left-padded with 0.
+        sequences: The items, packed.
+        target_ids: (N,) int64, the item after each of `sequences.item_ids`.
+        cut: (B,) int64, which of the N positions asks the teacher: the history ends with the item
+            there, and the item to predict is `target_ids[cut]`.
+        history: (B, M) int64, every item up to the cut (also those older than the sequence),
+            oldest first, left-padded with 0.
     """
 
     user_index: Tensor
-    item_ids: Tensor
+    sequences: PackedSequences
     target_ids: Tensor
     cut: Tensor
     history: Tensor
 
     def to(self, device: torch.device) -> "SequenceBatch":
         """The same batch on a device."""
-        moved = {field.name: getattr(self, field.name).to(device) for field in fields(self)}
-        return replace(self, **moved)
+        return SequenceBatch(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
 
     @property
     def cut_target(self) -> Tensor:
         """(B,) the item that follows the history at the cut."""
-        return self.target_ids.gather(1, self.cut[:, None]).squeeze(1)
+        return self.target_ids[self.cut]
 
 
-def left_pad(rows: list[np.ndarray]) -> Tensor:
+def left_pad(rows: Sequence[np.ndarray]) -> Tensor:
     """(B, longest) int64 with 0 on the left."""
     padded = np.full((len(rows), max(len(row) for row in rows)), PADDING, dtype=np.int64)
     for line, row in zip(padded, rows, strict=True):
@@ -57,24 +59,33 @@ def left_pad(rows: list[np.ndarray]) -> Tensor:
 
 
 class SequenceDataset(Dataset):
-    """One training row a user: its items before validation, the last `max_length` + 1 of them.
+    """One training row a user and epoch: at most `max_length` + 1 of its training items.
 
     A row is asked for by (user, epoch), because the cut is drawn anew every epoch from the
-    positions that are trained.
+    positions that are trained, and so is the window of a history that is longer.
 
     Args:
         data: The interactions.
         max_length: L, positions the student sees.
-        seed: Seed of the cuts.
+        seed: Seed of the windows and the cuts.
+        windows: last: the most recent items. random: any stretch of a long history, so that all of
+            it is trained in the course of epochs.
 
     Attributes:
         users: (n,) int64 users with at least one position to learn from.
     """
 
-    def __init__(self, data: InteractionData, max_length: int, seed: int):
+    def __init__(
+        self,
+        data: InteractionData,
+        max_length: int,
+        seed: int,
+        windows: Literal["last", "random"] = "last",
+    ):
         self.data = data
         self.max_length = max_length
         self.seed = seed
+        self.windows = windows
         self.users = data.trained_users
 
     def __len__(self) -> int:
@@ -83,25 +94,25 @@ class SequenceDataset(Dataset):
     def __getitem__(self, key: tuple[int, int]) -> dict[str, np.ndarray | int]:
         user, epoch = key
         items = self.data.train_history(user)
-        window = items[-(self.max_length + 1) :]
-        positions = len(window) - 1
-        cut = int(np.random.default_rng((self.seed, epoch, user)).integers(positions))
-        return {
-            "user": user,
-            "window": window,
-            "cut": cut,
-            "history": items[: len(items) - len(window) + cut + 1],
-        }
+        draw = random.Random(f"{self.seed} {epoch} {user}")
+        start = max(0, len(items) - self.max_length - 1)
+        if self.windows == "random":
+            start = draw.randint(0, start)
+        window = items[start : start + self.max_length + 1]
+        cut = draw.randrange(len(window) - 1)
+        return {"user": user, "window": window, "cut": cut, "history": items[: start + cut + 1]}
 
 
 def collate(rows: list[dict]) -> SequenceBatch:
-    """Rows of `SequenceDataset`, left-padded to the longest row (not to max_length)."""
-    item_ids = left_pad([row["window"][:-1] for row in rows])
+    """Rows of `SequenceDataset`, packed."""
+    sequences, (target_ids,) = pack_together(
+        [row["window"][:-1] for row in rows], [row["window"][1:] for row in rows]
+    )
     return SequenceBatch(
         user_index=torch.tensor([row["user"] for row in rows]),
-        item_ids=item_ids,
-        target_ids=left_pad([row["window"][1:] for row in rows]),
-        cut=torch.tensor([item_ids.shape[1] - len(row["window"]) + 1 + row["cut"] for row in rows]),
+        sequences=sequences,
+        target_ids=target_ids,
+        cut=sequences.starts + torch.tensor([row["cut"] for row in rows]),
         history=left_pad([row["history"] for row in rows]),
     )
 

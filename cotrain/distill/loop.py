@@ -39,6 +39,8 @@ from cotrain.evaluation.metrics import metrics_from_ranks
 from cotrain.runtime.interruption import StopRequest
 from cotrain.runtime.seeding import replayed, torch_state
 from cotrain.runtime.tracking import MetricsLog, clock, progress_bar
+from cotrain.student.losses import TrainingLoss
+from cotrain.student.optimizer import clip_grad_norm
 from cotrain.student.retrieval import Candidates, retrieve
 from cotrain.student.sasrec import SASRec, StudentOutput
 
@@ -61,6 +63,7 @@ def cotrain_step(
     state: CotrainState,
     batch: SequenceBatch,
     teacher: Teacher | None,
+    loss: TrainingLoss,
     config: Config,
     accelerator: Accelerator,
 ) -> dict[str, float]:
@@ -72,7 +75,8 @@ def cotrain_step(
     Args:
         state: Changed in place.
         batch: This process's rows, on the CPU.
-        teacher: None while only cross-entropy is trained.
+        teacher: None while nobody is asked.
+        loss: What the data teach by.
         config: Settings of the run.
         accelerator: Device and collectives.
 
@@ -82,7 +86,7 @@ def cotrain_step(
     device = accelerator.device
     dropout_state = torch_state(device)
     on_device = batch.to(device)
-    output = state.student.model(on_device)
+    output = state.student.model(on_device, loss)
     state.meter.student_states.add(output.user_state)
     nothing = output.loss_sum.new_zeros(())
     terms = Terms(nothing, nothing, nothing, nothing)
@@ -112,18 +116,18 @@ def cotrain_step(
         )
     # Processes average their gradients; × their number makes that the gradient of the mean over
     # all rows of all processes.
-    loss = accelerator.num_processes * (
+    total = accelerator.num_processes * (
         output.loss_sum / n_targets
         + weights.lambda_rank * terms.rank_sum / n_rows
         + weights.lambda_emb * terms.emb_sum / n_rows
     )
-    _update(state.student, loss, accelerator, config, state.projector)
+    _update(state.student, total, accelerator, config, state.projector)
     if state.control is not None:
         # The same dropout masks as the student's: any difference comes from the teacher.
         with replayed(dropout_state, device):
-            control = state.control.model(on_device)
-        loss = accelerator.num_processes * control.loss_sum / n_targets
-        _update(state.control, loss, accelerator, config)
+            control = state.control.model(on_device, loss)
+        total = accelerator.num_processes * control.loss_sum / n_targets
+        _update(state.control, total, accelerator, config)
         report["control_loss_ce"] = _total(control.loss_sum, accelerator).item() / n_targets
     return report
 
@@ -172,8 +176,9 @@ def distillation_terms(
     weight = verdict_weight(verdict, config.distill.confidence).to(device)
     decision_state, valid = verdict.decision_state.to(device), verdict.valid.to(device)
     # (B, K), computed again because retrieval keeps no graph
-    item_vectors = student.item_vectors[candidates.item_ids.to(device)]
+    item_vectors = student.item_embedding(candidates.item_ids.to(device))
     scores = torch.einsum("bd,bkd->bk", output.user_state, item_vectors)
+    assert state.projector is not None  # there is a teacher
     accelerator.unwrap_model(state.projector).observe(
         decision_state, valid, lambda sums: _total(sums, accelerator)
     )
@@ -220,7 +225,10 @@ def _update(
     learner.optimizer.zero_grad()
     accelerator.backward(loss)
     # Clipped apart: what the projector does must not change the student's step size.
-    accelerator.clip_grad_norm_(learner.model.parameters(), config.train.max_grad_norm)
+    if config.train.item_updates == "lazy":
+        clip_grad_norm(learner.model.parameters(), config.train.max_grad_norm)
+    else:
+        accelerator.clip_grad_norm_(learner.model.parameters(), config.train.max_grad_norm)
     if projector is not None:
         accelerator.clip_grad_norm_(projector.parameters(), config.train.max_grad_norm)
     learner.optimizer.step()
@@ -233,7 +241,8 @@ class Run:
     Attributes:
         config: Its settings.
         data: Interactions and catalogue.
-        teacher: The ranker and who asks it.
+        teacher: The ranker and who asks it; None: the student learns alone.
+        loss: What the data teach by.
         accelerator: Device and processes.
         log: Takes metrics.
         folder: Where everything is written.
@@ -241,7 +250,8 @@ class Run:
 
     config: Config
     data: InteractionData
-    teacher: Teacher
+    teacher: Teacher | None
+    loss: TrainingLoss
     accelerator: Accelerator
     log: MetricsLog
     folder: Path
@@ -254,7 +264,9 @@ def fit(state: CotrainState, run: Run) -> None:
         Interrupted: After SIGINT or SIGTERM, with a checkpoint written.
     """
     train, accelerator = run.config.train, run.accelerator
-    dataset = SequenceDataset(run.data, run.config.student.max_length, run.config.seed)
+    dataset = SequenceDataset(
+        run.data, run.config.student.max_length, run.config.seed, train.windows
+    )
     sampler = EpochSampler(
         dataset.users, train.batch_size, run.config.seed,
         accelerator.process_index, accelerator.num_processes,
@@ -265,8 +277,8 @@ def fit(state: CotrainState, run: Run) -> None:
     with StopRequest() as stop, pace.bar:
         while not ended:
             teacher = run.teacher if state.epoch >= train.warmup_epochs else None
-            if state.epoch == train.warmup_epochs and state.step_in_epoch == 0:
-                start_teaching(state, run, dataset)
+            if teacher and state.epoch == train.warmup_epochs and state.step_in_epoch == 0:
+                start_teaching(state, teacher, run, dataset)
             sampler.start_at(state.epoch, state.step_in_epoch)
             for batch in loader:
                 if state.step >= pace.total_steps:
@@ -275,7 +287,7 @@ def fit(state: CotrainState, run: Run) -> None:
                 for learner in state.learners:
                     for group in learner.optimizer.param_groups:
                         group["lr"] = rate
-                report = cotrain_step(state, batch, teacher, run.config, accelerator)
+                report = cotrain_step(state, batch, teacher, run.loss, run.config, accelerator)
                 state.step += 1
                 state.step_in_epoch += 1
                 pace.tick(report)
@@ -294,7 +306,9 @@ def fit(state: CotrainState, run: Run) -> None:
             state.step_in_epoch = 0
 
 
-def start_teaching(state: CotrainState, run: Run, dataset: SequenceDataset) -> None:
+def start_teaching(
+    state: CotrainState, teacher: Teacher, run: Run, dataset: SequenceDataset
+) -> None:
     """What happens once, between the warm-up and the first step with the teacher."""
     state.start_effective_rank = state.meter.student_states.effective_rank()
     if run.config.train.control:
@@ -311,12 +325,12 @@ def start_teaching(state: CotrainState, run: Run, dataset: SequenceDataset) -> N
         student = run.accelerator.unwrap_model(state.student.model).eval()
         on_device = rows.to(run.accelerator.device)
         with torch.no_grad():
-            output = student(on_device)
+            output = student(on_device, run.loss)
         student.train()
-        candidates = propose(student, output, on_device, run.teacher.num_candidates)
+        candidates = propose(student, output, on_device, teacher.num_candidates)
         shown = "calibrating the teacher" if run.accelerator.is_main_process else None
-        run.teacher.calibrate(rows, candidates, shown)
-        state.letter_bias = run.teacher.ranker.letter_bias
+        teacher.calibrate(rows, candidates, shown)
+        state.letter_bias = teacher.ranker.letter_bias
 
 
 def validate(state: CotrainState, run: Run) -> None:
@@ -324,8 +338,8 @@ def validate(state: CotrainState, run: Run) -> None:
     epoch = state.epoch + 1
     for learner in state.learners:
         model = run.accelerator.unwrap_model(learner.model)
-        ranks = evaluate(model, run.data, "validation", run.config.eval.batch_size, run.accelerator)
-        metrics = metrics_from_ranks(ranks)
+        found = evaluate(model, run.data, "validation", run.config.eval.batch_size, run.accelerator)
+        metrics = metrics_from_ranks(found.ranks)
         learner.consider(model.state_dict(), metrics[SELECTION_METRIC], epoch)
         row = {"kind": "validation", "step": state.step, "epoch": epoch, "model": learner.name}
         run.log.write(row | metrics)
@@ -359,9 +373,11 @@ class Pace:
         self.epochs = train.epochs
         self.total_steps = min(train.epochs * steps_per_epoch, train.max_steps or sys.maxsize)
         self.first_asking_step = train.warmup_epochs * steps_per_epoch
-        self.rows_per_step = run.teacher.query.rows_per_epoch / steps_per_epoch
-        self.rows_per_step /= run.accelerator.num_processes
-        self.teacher_rows_per_s = run.teacher.probed_rows_per_s
+        self.rows_per_step, self.teacher_rows_per_s = 0.0, 1.0
+        if run.teacher is not None:
+            self.rows_per_step = run.teacher.query.rows_per_epoch / steps_per_epoch
+            self.rows_per_step /= run.accelerator.num_processes
+            self.teacher_rows_per_s = run.teacher.probed_rows_per_s
         self.bar = progress_bar(self.total_steps, state.step, run.accelerator.is_main_process)
         self._first_step = state.step
         self._teacher_seconds = state.meter.totals["seconds"]

@@ -3,70 +3,72 @@
 import shutil
 from typing import Any
 
-import numpy as np
 import polars as pl
 
 from cotrain import config as configuration
 from cotrain.config import Config
+from cotrain.data.interactions import InteractionData
+from cotrain.data.splits import SPLITS, Split
 from cotrain.distill.loop import Run
 from cotrain.distill.meters import TeacherMeter
 from cotrain.distill.state import CotrainState, Learner, fork_control
 from cotrain.evaluation.compare import paired_bootstrap
-from cotrain.evaluation.evaluator import evaluate
-from cotrain.evaluation.metrics import metrics_from_ranks, per_user_metric
+from cotrain.evaluation.evaluator import Evaluation, evaluate
+from cotrain.evaluation.metrics import (
+    metrics_from_ranks,
+    per_user_metric,
+    recommendation_metrics,
+)
 from cotrain.evaluation.report import result_table, write_report
+from cotrain.evaluation.slices import slice_table, slices_of
 from cotrain.runtime import tracking
+from cotrain.student.recommender import Recommender
 from cotrain.student.sasrec import SASRec
+
+# Evaluations by model and split.
+Found = dict[str, dict[Split, Evaluation]]
 
 
 def finish(state: CotrainState, run: Run) -> dict[str, Any]:
     """Test the best student and control once, export the better on validation, write the report."""
     config, accelerator, folder = run.config, run.accelerator, run.folder
-    if config.train.control and state.control is None:  # max_steps came before the teacher
+    # Where max_steps came before the teacher did.
+    if run.teacher is not None and config.train.control and state.control is None:
         state.control = fork_control(state, config, accelerator)
-    ranks: dict[str, dict[str, np.ndarray]] = {}
+    found: Found = {}
     for learner in state.learners:
         model = accelerator.unwrap_model(learner.model)
         model.load_state_dict(learner.best_weights)
-        ranks[learner.name] = {
-            "validation": evaluate(
-                model, run.data, "validation", config.eval.batch_size, accelerator
-            ),
-            "test": evaluate(model, run.data, "test", config.eval.batch_size, accelerator),
+        found[learner.name] = {
+            split: evaluate(model, run.data, split, config.eval.batch_size, accelerator)
+            for split in SPLITS
         }
     meter = state.meter.merge(tracking.gather(state.meter.state_dict()))
     shipped = state.student
     if state.control is not None and state.student.best_metric <= state.control.best_metric:
         shipped = state.control
-    teacher = run.teacher.ranker.backbone
     report = {
-        "name": config.data.name,
+        "name": run.data.name,
         "seed": config.seed,
         "seconds": round(state.seconds, 1),
         "shipped": shipped.name,
-        "dataset": {
-            "name": run.data.name,
-            "users": run.data.num_users,
-            "items": run.data.num_items,
-            "interactions": run.data.num_interactions,
-            "notes": run.data.notes,
-        },
-        "student": _results(state.student, ranks),
-        "control": _results(state.control, ranks) if state.control else None,
-        "lift": _lifts(ranks, "test", config),
-        "lift_validation": _lifts(ranks, "validation", config),
-        "teacher": {
-            "model": teacher.name,
-            "quantization": teacher.quantization,
-            "mode": config.teacher.mode,
-            "decision_position": config.teacher.decision_position,
-            "parameters": teacher.num_parameters,
-            "calibration_rows": config.teacher.calibration_rows,
-            "letter_bias": state.letter_bias.tolist(),
-            **meter.as_report(),
-        },
-        "effective_rank": _effective_ranks(state, meter),
-        "examples": meter.readable_examples(
+        "dataset": _dataset(run.data, config),
+        "student": _results(state.student, found, run.data),
+        "control": _results(state.control, found, run.data) if state.control else None,
+        "lift": _lifts(found, "test", config),
+        "lift_validation": _lifts(found, "validation", config),
+        "slices": slice_table(
+            slices_of(run.data, "test"),
+            found["student"]["test"].ranks,
+            found["control"]["test"].ranks if state.control else None,
+            config.eval.bootstrap_samples,
+            config.seed,
+        ),
+        "teacher": _teacher(state, run, meter),
+        "effective_rank": _effective_ranks(state, meter) if run.teacher else None,
+        "examples": []
+        if run.teacher is None
+        else meter.readable_examples(
             run.data.catalog, run.data.user_ids, run.teacher.ranker.prompts
         ),
         "config": configuration.to_dict(config),
@@ -74,35 +76,69 @@ def finish(state: CotrainState, run: Run) -> dict[str, Any]:
     }
     report["warnings"] = _warnings(report)
     if accelerator.is_main_process:
-        _export(shipped, ranks, run)
+        _export(shipped, found, run)
         _, page = write_report(report, run.log.rows(), folder)
         accelerator.print(f"\n{result_table(report)}\n\nReport: {page}")
     return report
 
 
-def _results(learner: Learner, ranks: dict[str, dict[str, np.ndarray]]) -> dict[str, Any]:
-    of_learner = ranks[learner.name]
+def _teacher(state: CotrainState, run: Run, meter: TeacherMeter) -> dict[str, Any] | None:
+    """Who taught and what came of it; None where the student learned alone."""
+    if run.teacher is None:
+        return None
+    backbone, settings = run.teacher.ranker.backbone, run.config.teacher
+    # Fewer than asked for where users are few, none where the run ended before the teacher came.
+    calibrated = min(settings.calibration_rows, len(run.data.trained_users))
     return {
-        "validation": metrics_from_ranks(of_learner["validation"]),
-        "test": metrics_from_ranks(of_learner["test"]),
+        "model": backbone.name,
+        "quantization": backbone.quantization,
+        "mode": settings.mode,
+        "decision_position": settings.decision_position,
+        "parameters": backbone.num_parameters,
+        "calibration_rows": calibrated if state.letter_bias.any() else 0,
+        "letter_bias": state.letter_bias.tolist(),
+        **meter.as_report(),
+    }
+
+
+def _dataset(data: InteractionData, config: Config) -> dict[str, Any]:
+    of_targets = recommendation_metrics(data.targets("test")[:, None], data.train_counts)
+    return {
+        "name": data.name,
+        "users": data.num_users,
+        "items": data.num_items,
+        "interactions": data.num_interactions,
+        "split": config.data.split,
+        "evaluated_users": {split: len(data.evaluated_users(split)) for split in SPLITS},
+        # What users really took next, to compare with what they are shown.
+        "targets": {name: of_targets[f"{name}@1"] for name in ("popularity", "head_share")},
+        "notes": data.notes,
+    }
+
+
+def _results(learner: Learner, found: Found, data: InteractionData) -> dict[str, Any]:
+    of_learner = found[learner.name]
+    return {
+        "validation": metrics_from_ranks(of_learner["validation"].ranks),
+        "test": metrics_from_ranks(of_learner["test"].ranks),
+        "recommended": recommendation_metrics(of_learner["test"].recommended, data.train_counts),
         "best_epoch": learner.best_epoch,
         "parameters": sum(p.numel() for p in learner.model.parameters()),
     }
 
 
-def _lifts(
-    ranks: dict[str, dict[str, np.ndarray]], split: str, config: Config
-) -> dict[str, Any] | None:
-    if "control" not in ranks:
+def _lifts(found: Found, split: Split, config: Config) -> dict[str, Any] | None:
+    if "control" not in found:
         return None
+    student, control = found["student"][split].ranks, found["control"][split].ranks
     return {
         name: paired_bootstrap(
-            per_user_metric(ranks["student"][split], name),
-            per_user_metric(ranks["control"][split], name),
+            per_user_metric(student, name),
+            per_user_metric(control, name),
             config.eval.bootstrap_samples,
             config.seed,
         ).as_dict()
-        for name in metrics_from_ranks(ranks["student"][split])
+        for name in metrics_from_ranks(student)
     }
 
 
@@ -118,8 +154,7 @@ def _effective_ranks(state: CotrainState, meter: TeacherMeter) -> dict[str, Any]
     }
 
 
-def _warnings(report: dict[str, Any]) -> list[str]:
-    """Plain sentences about what a reader might overlook."""
+def _teacher_warnings(report: dict[str, Any]) -> list[str]:
     warnings = []
     teacher = report["teacher"]
     if not teacher["rows_asked"]:
@@ -149,23 +184,40 @@ def _warnings(report: dict[str, Any]) -> list[str]:
             f"{report['effective_rank']['student_state_start']:.1f} to "
             f"{report['effective_rank']['student_state']:.1f}. Lower distill.lambda_emb."
         )
-    if report["dataset"]["users"] < 5000:
+    return warnings
+
+
+def _warnings(report: dict[str, Any]) -> list[str]:
+    """Plain sentences about what a reader might overlook."""
+    warnings = [] if report["teacher"] is None else _teacher_warnings(report)
+    users = report["dataset"]["evaluated_users"]["test"]
+    if users < 5000:
         warnings.append(
-            f"{report['dataset']['users']:,} users are few: between seeds NDCG@10 moves by several "
-            "percent on such data, more than most lifts. Use it as a smoke test."
+            f"{users:,} test users are few: between seeds NDCG@10 moves by several percent on such "
+            "data, more than most lifts. Use it as a smoke test."
         )
     return warnings
 
 
-def _export(shipped: Learner, ranks: dict[str, dict[str, np.ndarray]], run: Run) -> None:
-    """Write the shipped model with its catalogue, and every user's ranks."""
+def _export(shipped: Learner, found: Found, run: Run) -> None:
+    """Write the shipped model with its catalogue, and every user's ranks, null where a user is not
+    evaluated."""
     target = run.folder / "student"
     shutil.rmtree(target, ignore_errors=True)
     model = run.accelerator.unwrap_model(shipped.model)
     assert isinstance(model, SASRec)
-    model.save_pretrained(target)
-    run.data.catalog.save(target)
-    columns = {"user_id": run.data.user_ids}
-    for name, of_learner in ranks.items():
-        columns |= {f"{name}_{split}_rank": values for split, values in of_learner.items()}
-    pl.DataFrame(columns).write_parquet(run.folder / "ranks.parquet")
+    Recommender(model, run.data.catalog).save_pretrained(
+        target,
+        model_card_kwargs={
+            "dataset_name": run.data.name,
+            "protocol": f"Test split, {run.config.data.split}: one held-out item of each user is "
+            "ranked among all items, the user's history left out.",
+            "metrics": metrics_from_ranks(found[shipped.name]["test"].ranks),
+        },
+    )
+    table = pl.DataFrame({"user_id": run.data.user_ids})
+    for name, of_learner in found.items():
+        for split, evaluation in of_learner.items():
+            ranks = evaluation.ranks_by_user(run.data.num_users)
+            table = table.with_columns(pl.Series(f"{name}_{split}_rank", ranks, pl.Int64))
+    table.write_parquet(run.folder / "ranks.parquet")

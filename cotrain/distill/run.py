@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
+from torch import Tensor
 
 from cotrain import config as configuration
 from cotrain.config import Config
 from cotrain.data.interactions import InteractionData, load_interactions
+from cotrain.data.item_text import identity, item_texts, kept, sentence_vectors
 from cotrain.distill.loop import Run, fit
 from cotrain.distill.outcome import finish
 from cotrain.distill.querying import RandomQuery, Teacher
@@ -21,6 +23,7 @@ from cotrain.distill.state import CotrainState, new_state, restore_checkpoint
 from cotrain.errors import CheckpointError, ConfigError, DataError, TeacherError
 from cotrain.runtime import checkpoint, tracking
 from cotrain.runtime.seeding import seed_everything
+from cotrain.student.losses import make_loss
 from cotrain.teacher.backbone import load_backbone
 from cotrain.teacher.prompts import PromptBuilder
 from cotrain.teacher.ranker import RankLLM
@@ -37,7 +40,7 @@ def open_folder(config: Config) -> Config:
     """
     if config.output_dir is None:
         stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
-        config = replace(config, output_dir=f"runs/{config.data.name}-{stamp}")
+        config = replace(config, output_dir=f"runs/{Path(config.data.name).name}-{stamp}")
     folder = Path(str(config.output_dir))
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"output_dir {folder} is a file; expected a folder, or nothing yet.")
@@ -117,20 +120,31 @@ def prepare(config: Config, resume: bool = False) -> tuple[CotrainState, Run]:
     for note in data.notes:
         say(f"  {note}")
     check_against_data(config, data, accelerator.num_processes)
-    with accelerator.main_process_first():
-        teacher = make_teacher(config, data, accelerator.device, say)
-    state = new_state(data.num_items, teacher.ranker.backbone.hidden_size, config, accelerator)
+    teacher, teacher_size = None, None
+    if config.teacher.model is not None:
+        with accelerator.main_process_first():
+            teacher = make_teacher(config, data, accelerator.device, say)
+        teacher_size = teacher.ranker.backbone.hidden_size
+    with accelerator.main_process_first():  # one process encodes, the others find it kept
+        item_text = encode_items(config, data, teacher, accelerator)
+    loss = make_loss(
+        config.train.loss, data.train_counts, accelerator.device, config.train.label_smoothing,
+        config.train.num_negatives, config.train.negatives_power, config.train.logq_correction,
+        config.train.gbce_calibration,
+    )  # fmt: skip
+    state = new_state(data.num_items, teacher_size, config, accelerator, item_text)
     log_bytes = 0
     if resume:
         log_bytes = restore_checkpoint(state, folder, config, accelerator)
-        teacher.ranker.letter_bias = state.letter_bias
+        if teacher is not None:
+            teacher.ranker.letter_bias = state.letter_bias
         say(f"Resuming {folder} at step {state.step}")
     elif accelerator.is_main_process:
         make_folder(folder, config, accelerator)
     accelerator.wait_for_everyone()
     log = tracking.MetricsLog(folder, accelerator, log_bytes, state.step if resume else None)
     say_plan(config, data, state, teacher, folder, say)
-    return state, Run(config, data, teacher, accelerator, log, folder)
+    return state, Run(config, data, teacher, loss, accelerator, log, folder)
 
 
 def check_against_data(config: Config, data: InteractionData, num_processes: int) -> None:
@@ -140,16 +154,16 @@ def check_against_data(config: Config, data: InteractionData, num_processes: int
         ConfigError: More candidates than items.
         DataError: Too few users with something to train on.
     """
-    if config.teacher.num_candidates > data.num_items:
+    if config.teacher.model is not None and config.teacher.num_candidates > data.num_items:
         raise ConfigError(
             f"teacher.num_candidates is {config.teacher.num_candidates}, but the catalogue has "
             f"only {data.num_items} items; expected at most that many."
         )
     if len(data.trained_users) < num_processes:
         raise DataError(
-            f"{len(data.trained_users)} of {data.num_users} users have 4 interactions or more: one "
-            "to predict from, one to train on, one each for validation and test. Expected at least "
-            f"{num_processes}, one a process; bring longer histories."
+            f"{len(data.trained_users)} of {data.num_users} users have two interactions or more in "
+            "training, beside what is held out for validation and test: one to predict from, one "
+            f"to learn. Expected at least {num_processes}, one a process; bring longer histories."
         )
 
 
@@ -161,14 +175,40 @@ def make_folder(folder: Path, config: Config, accelerator: Accelerator) -> None:
     (folder / "environment.json").write_text(json.dumps(facts, indent=2) + "\n")
 
 
+def encode_items(
+    config: Config, data: InteractionData, teacher: Teacher | None, accelerator: Accelerator
+) -> Tensor | None:
+    """Text embeddings (items, E) that the student starts from, or None where it starts random.
+
+    Raises:
+        AssetError, DataError: The sentence encoder cannot be had.
+    """
+    encoder = config.student.item_text
+    if encoder is None:
+        return None
+    texts = item_texts(data.catalog)
+    shown = accelerator.is_main_process
+    if encoder != "teacher":
+        return kept(
+            texts, identity(encoder),
+            lambda: sentence_vectors(texts, encoder, accelerator.device, shown),
+        )  # fmt: skip
+    assert teacher is not None  # checked with the settings
+    ranker = teacher.ranker
+    name = f"teacher {identity(ranker.backbone.name)} {ranker.backbone.quantization} "
+    name += f"{config.teacher.max_title_tokens} tokens"
+    return kept(texts, name, lambda: ranker.embed_items(shown))
+
+
 def make_teacher(config: Config, data: InteractionData, device: torch.device, say: Any) -> Teacher:
-    """Load the language model, try it on real prompts.
+    """Load the language model that the settings name, try it on real prompts.
 
     Raises:
         AssetError, TeacherError, ConfigError: It cannot be loaded, its identifiers are not single
             tokens, its context is too short, or it answers nothing finite.
     """
     settings = config.teacher
+    assert settings.model is not None
     say(f"Teacher: {settings.model}, {settings.quantization}, loading …")
     backbone = load_backbone(settings.model, settings.quantization, device)
     prompts = PromptBuilder(
@@ -205,19 +245,22 @@ def make_teacher(config: Config, data: InteractionData, device: torch.device, sa
 
 
 def say_plan(
-    config: Config, data: InteractionData, state: CotrainState, teacher: Teacher, folder: Path,
-    say: Any,
+    config: Config, data: InteractionData, state: CotrainState, teacher: Teacher | None,
+    folder: Path, say: Any,
 ) -> None:  # fmt: skip
     """Print what follows from the settings before the time is spent."""
     train = config.train
-    asked = teacher.query.rows_per_epoch * (train.epochs - train.warmup_epochs)
-    asked += config.teacher.calibration_rows
     parameters = sum(p.numel() for p in state.student.model.parameters())
-    say(f"Student: SASRec, {parameters / 1e6:.2f} M parameters")
-    say(
-        f"Plan: {train.warmup_epochs} epochs of cross-entropy, then "
-        f"{train.epochs - train.warmup_epochs} with the teacher on {asked:,} rows "
-        f"(about {tracking.clock(asked / teacher.probed_rows_per_s)} of teacher time)"
-        + (f"; cut short at step {train.max_steps}" if train.max_steps else "")
-    )
+    start = f", items start from {config.student.item_text}" if config.student.item_text else ""
+    say(f"Student: SASRec, {parameters / 1e6:.2f} M parameters{start}")
+    plan = f"Plan: {train.epochs} epochs of {train.loss}, without a teacher"
+    if teacher is not None:
+        asked = teacher.query.rows_per_epoch * (train.epochs - train.warmup_epochs)
+        asked += config.teacher.calibration_rows
+        plan = (
+            f"Plan: {train.warmup_epochs} epochs of {train.loss}, then "
+            f"{train.epochs - train.warmup_epochs} with the teacher on {asked:,} rows "
+            f"(about {tracking.clock(asked / teacher.probed_rows_per_s)} of teacher time)"
+        )
+    say(plan + (f"; cut short at step {train.max_steps}" if train.max_steps else ""))
     say(f"Run folder: {folder}\n")

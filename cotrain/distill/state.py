@@ -16,6 +16,8 @@ from cotrain.distill.meters import TeacherMeter
 from cotrain.errors import CheckpointError
 from cotrain.runtime import checkpoint, tracking
 from cotrain.runtime.seeding import all_states, set_all_states
+from cotrain.student.item_text import start_from_text
+from cotrain.student.optimizer import LazyAdamW
 from cotrain.student.sasrec import SASRec
 
 
@@ -45,7 +47,7 @@ class CotrainState:
 
     Attributes:
         student: Learns from data and teacher.
-        projector: W_p, optimised with the student.
+        projector: W_p, optimised with the student; None without a teacher.
         control: The twin that learns from data only; None before the teacher starts.
         meter: What the teacher did.
         epoch: Epochs completed.
@@ -57,7 +59,7 @@ class CotrainState:
     """
 
     student: Learner
-    projector: nn.Module
+    projector: nn.Module | None
     control: Learner | None
     meter: TeacherMeter
     epoch: int = 0
@@ -74,15 +76,20 @@ class CotrainState:
 
 
 def new_state(
-    num_items: int, teacher_size: int, config: Config, accelerator: Accelerator
+    num_items: int,
+    teacher_size: int | None,
+    config: Config,
+    accelerator: Accelerator,
+    item_text: Tensor | None = None,
 ) -> CotrainState:
     """A fresh student and projector, prepared, at step 0.
 
     Args:
         num_items: Size of the catalogue without padding.
-        teacher_size: H, width of the decision state.
+        teacher_size: H, width of the decision state; None without a teacher.
         config: Settings of the run.
         accelerator: Prepares models and optimizer.
+        item_text: (num_items, E) text embedding of each item to start from; None: random.
     """
     settings = config.student
     model = SASRec(
@@ -92,10 +99,15 @@ def new_state(
         num_heads=settings.num_heads,
         max_length=settings.max_length,
         dropout=settings.dropout,
+        sparse=config.train.item_updates == "lazy",
     )
-    projector = Projector(teacher_size, settings.hidden_size)
+    if item_text is not None:
+        start_from_text(model, item_text)
+    projector = None if teacher_size is None else Projector(teacher_size, settings.hidden_size)
     optimizer = make_optimizer(model, projector, config)
-    model, projector, optimizer = accelerator.prepare(model, projector, optimizer)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    if projector is not None:
+        projector = accelerator.prepare(projector)
     return CotrainState(
         student=Learner("student", model, optimizer),
         projector=projector,
@@ -122,9 +134,12 @@ def make_optimizer(
     groups = [{"params": list(student.parameters())}]
     if projector is not None:
         groups.append({"params": list(projector.parameters())})
-    return torch.optim.AdamW(
-        groups, lr=config.train.learning_rate, weight_decay=config.train.weight_decay
-    )
+    train = config.train
+    kind = LazyAdamW if train.item_updates == "lazy" else torch.optim.AdamW
+    return kind(
+        groups, lr=train.learning_rate, betas=(0.9, train.adam_beta2),
+        weight_decay=train.weight_decay, fused=train.item_updates == "all",
+    )  # fmt: skip
 
 
 def fork_control(state: CotrainState, config: Config, accelerator: Accelerator) -> Learner:
@@ -166,7 +181,9 @@ def save_checkpoint(
     )
     failure: list[str | None] = [None]
     if accelerator.is_main_process:
-        weights = {"projector": accelerator.unwrap_model(state.projector).state_dict()}
+        weights = {}
+        if state.projector is not None:
+            weights["projector"] = accelerator.unwrap_model(state.projector).state_dict()
         learners = {}
         for learner in state.learners:
             weights[learner.name] = accelerator.unwrap_model(learner.model).state_dict()
@@ -206,7 +223,8 @@ def restore_checkpoint(
             f"{accelerator.num_processes}; random states belong to processes. Launch it with "
             "the same number."
         )
-    accelerator.unwrap_model(state.projector).load_state_dict(weights["projector"])
+    if state.projector is not None:
+        accelerator.unwrap_model(state.projector).load_state_dict(weights["projector"])
     if "control" in saved["learners"]:
         state.control = fork_control(state, config, accelerator)
     for learner in state.learners:

@@ -64,13 +64,25 @@ class Backbone:
         Returns:
             (B, H) in the model's compute dtype.
         """
+        hidden = self._states(prompts)  # (B, T, H)
         last = torch.tensor([len(prompt) - 1 for prompt in prompts], device=self.device)
+        return hidden[torch.arange(len(prompts), device=self.device), last]
+
+    @torch.no_grad()
+    def mean_states(self, texts: list[list[int]]) -> Tensor:
+        """Mean of each text's states after the final norm, (B, H) float32; a text embedding."""
+        hidden = self._states(texts).float()
+        lengths = torch.tensor([len(text) for text in texts], device=self.device)[:, None]
+        real = torch.arange(hidden.shape[1], device=self.device) < lengths  # (B, T)
+        return torch.einsum("bth,bt->bh", hidden, real.float()) / lengths
+
+    def _states(self, prompts: list[list[int]]) -> Tensor:
+        """(B, T, H) of right-padded token ids; meaningless at padding."""
         ids = torch.zeros(len(prompts), max(map(len, prompts)), dtype=torch.int64)
         for row, prompt in zip(ids, prompts, strict=True):
             row[: len(prompt)] = torch.tensor(prompt)
         decoder = self.model.get_decoder()
-        hidden = decoder(input_ids=ids.to(self.device), use_cache=False).last_hidden_state
-        return hidden[torch.arange(len(prompts), device=self.device), last]
+        return decoder(input_ids=ids.to(self.device), use_cache=False).last_hidden_state
 
     @torch.no_grad()
     def token_logits(self, states: Tensor, token_ids: Tensor) -> Tensor:

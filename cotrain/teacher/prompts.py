@@ -115,6 +115,10 @@ class PromptBuilder:
         past = [token for line in reversed(lines) for token in line]
         return self._head + past + candidates + self._tail
 
+    def item_tokens(self) -> list[list[int]]:
+        """Title and categories of each item 1..V-1, as a candidate shows them."""
+        return [self._candidate(item) for item in range(1, len(self._titles))]
+
     def _candidate(self, item: int) -> list[int]:
         categories = self._categories[item]
         return self._titles[item] + (self._separator + categories if categories else [])

@@ -188,6 +188,24 @@ class RankLLM:
             seconds=time.perf_counter() - started,
         )
 
+    @torch.no_grad()
+    def embed_items(self, shown: bool = False) -> Tensor:
+        """(V-1, H) float32 embedding of every item: the mean last state over title and categories.
+
+        Args:
+            shown: Show a bar.
+        """
+        texts = self.prompts.item_tokens()
+        vectors = torch.empty(len(texts), self.backbone.hidden_size)
+        bar = tqdm(
+            total=len(texts), desc="reading titles", unit="items", leave=False, disable=not shown
+        )
+        with bar:
+            for rows in plan_micro_batches([len(text) for text in texts], self.batch_tokens):
+                vectors[rows] = self.backbone.mean_states([texts[row] for row in rows]).cpu()
+                bar.update(len(rows))
+        return vectors
+
     def _forward(self, prompts: list[list[int]], progress: str | None) -> tuple[Tensor, Tensor]:
         """(B, H) decision states and (B, K) identifier logits as shown, float32 on the CPU."""
         identifiers = torch.tensor(self.prompts.identifier_ids, device=self.backbone.device)
