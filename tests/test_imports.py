@@ -16,7 +16,10 @@ BELOW = {
     "cotrain.asset_builders": {"cotrain.errors"},
     "cotrain.assets": {"cotrain.errors", "cotrain.files", "cotrain.asset_builders"},
     "cotrain.runtime": {"cotrain.errors", "cotrain.files", "cotrain.config"},
-    "cotrain.data": {"cotrain.errors", "cotrain.config", "cotrain.assets"},
+    "cotrain.data": {
+        "cotrain.errors", "cotrain.config", "cotrain.files", "cotrain.asset_builders",
+        "cotrain.assets",
+    },
     "cotrain.student": {"cotrain.errors", "cotrain.config", "cotrain.data"},
     "cotrain.teacher": {"cotrain.errors", "cotrain.config", "cotrain.assets", "cotrain.data"},
     "cotrain.evaluation": {
@@ -25,6 +28,10 @@ BELOW = {
     "cotrain.distill": {
         "cotrain.errors", "cotrain.config", "cotrain.data", "cotrain.runtime", "cotrain.student",
         "cotrain.teacher", "cotrain.evaluation",
+    },
+    "cotrain.benchmarks": {
+        "cotrain.errors", "cotrain.config", "cotrain.assets", "cotrain.data", "cotrain.runtime",
+        "cotrain.student", "cotrain.evaluation", "cotrain.distill",
     },
 }  # fmt: skip
 PURE = [
