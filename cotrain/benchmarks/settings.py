@@ -1,0 +1,141 @@
+"""Settings of the benchmarks, and their command-line options."""
+
+import argparse
+import dataclasses
+import types
+import typing
+from typing import Any, Literal, TypeVar
+
+from cotrain.config import Leaf, leaves, option
+from cotrain.errors import ConfigError
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True)
+class StudentSettings:
+    """One epoch and one evaluation of our student beside RecTools' SASRec."""
+
+    data: str = option("amazon-beauty", "Data set: a known name, or the folder of a prepared set.")
+    interactions: str | None = option(None, "Table of interactions in place of `data`.")
+    items: str | None = option(None, "Table of items; goes with --interactions.")
+    loss: Literal["chunked_ce", "ce", "sampled_softmax", "bce", "gbce"] = option(
+        "chunked_ce",
+        "Loss of both sides, by cotrain's names; the first two are one to RecTools, softmax.",
+    )
+    num_negatives: int = option(64, "Negatives of the sampled losses.", ge=1)
+    gbce_calibration: float = option(0.75, "t of gBCE.", ge=0, le=1)
+    hidden_size: int = option(256, "Width of item embeddings and states.", ge=1)
+    num_layers: int = option(2, "Transformer blocks.", ge=1)
+    num_heads: int = option(4, "Attention heads; divides the hidden size.", ge=1)
+    max_length: int = option(50, "Most recent interactions that the models see.", ge=1)
+    dropout: float = option(0.2, "Dropout probability.", ge=0, lt=1)
+    batch_size: int = option(128, "Users an optimizer step.", ge=1)
+    learning_rate: float = option(1e-3, "Of Adam, constant.", gt=0)
+    eval_batch_size: int = option(256, "Users encoded at once when they are evaluated.", ge=1)
+    threads: int | None = option(None, "CPU threads of each side; none: one a core.", ge=1)
+    repeats: int = option(3, "Times that each side is measured, in turn.", ge=1)
+    max_steps: int | None = option(
+        None, "Stop an epoch after this many steps, to try the benchmark out.", ge=1
+    )
+    seed: int = option(0, "Seed of weights, order and dropout; each repeat adds one.", ge=0)
+    json: str | None = option(None, "File for everything that was measured.")
+
+
+@dataclasses.dataclass(frozen=True)
+class CatalogueSettings:
+    """Training and retrieval on random interactions, each size and loss in a process of its own."""
+
+    sizes: tuple[int, ...] = option(
+        (10_000, 100_000, 500_000, 2_000_000), "Catalogue sizes, in items.", ge=100
+    )
+    losses: tuple[Literal["chunked_ce", "ce", "sampled_softmax", "bce", "gbce"], ...] = option(
+        ("chunked_ce", "sampled_softmax", "bce", "gbce"), "Losses to train by."
+    )
+    num_negatives: int = option(1024, "Negatives a step of the sampled losses.", ge=1)
+    item_updates: Literal["lazy", "all"] = option(
+        "lazy", "Items that a step of a sampled loss updates. ce and chunked_ce update all."
+    )
+    hidden_size: int = option(64, "Width of item embeddings and states.", ge=1)
+    num_layers: int = option(2, "Transformer blocks.", ge=1)
+    num_heads: int = option(2, "Attention heads; divides the hidden size.", ge=1)
+    history_length: int = option(20, "Positions to train on, of every user.", ge=1)
+    batch_size: int = option(64, "Users an optimizer step, and users a retrieval.", ge=1)
+    steps: int = option(5, "Steps that are timed, after two that are not.", ge=1)
+    k: int = option(20, "Items retrieved for a user.", ge=1, le=100)
+    threads: int | None = option(None, "CPU threads; none: one a core.", ge=1)
+    seed: int = option(0, "Seed of interactions and weights.", ge=0)
+    json: str | None = option(None, "File for everything that was measured.")
+
+
+def add_options(parser: argparse.ArgumentParser, settings: type) -> None:
+    """One `--name-with-hyphens` for each field of a settings dataclass."""
+    for leaf in leaves(settings):
+        kind, many = _kind(leaf)
+        choices = typing.get_args(kind) if typing.get_origin(kind) is Literal else None
+        metadata, default = leaf.field.metadata, leaf.field.default
+        shown = (
+            " ".join(map(str, typing.cast(tuple, default)))
+            if many
+            else "none"
+            if default is None
+            else default
+        )
+        bounds = ", ".join(f"{sign} {bound}" for sign, bound in metadata["bounds"].items())
+        text = f"{metadata['help']} Default: {shown}." + (f" Range: {bounds}." if bounds else "")
+        parser.add_argument(
+            f"--{leaf.name.replace('_', '-')}",
+            dest=leaf.name,
+            type=str if choices else kind,
+            nargs="+" if many else None,
+            choices=choices,
+            default=default,
+            metavar=None if choices else kind.__name__.upper(),
+            help=text.replace("%", "%%"),
+        )
+
+
+def read_options(parsed: argparse.Namespace, settings: type[T]) -> T:
+    """The settings behind parsed options.
+
+    Raises:
+        ConfigError: Names every value out of range, and options that contradict each other.
+    """
+    values: dict[str, Any] = {}
+    problems = []
+    for leaf in leaves(settings):
+        value = getattr(parsed, leaf.name)
+        if isinstance(value, list):  # argparse collects several values in one
+            value = tuple(value)
+        values[leaf.name] = value
+        named = dataclasses.replace(leaf, name=f"--{leaf.name.replace('_', '-')}")
+        for one in value if isinstance(value, tuple) else (value,):
+            problem = named.range_problem(one)
+            problems += [problem] if problem else []
+    problems += _contradictions(values)
+    if problems:
+        listed = "\n".join(f"  - {problem}" for problem in problems)
+        raise ConfigError(f"The options have {len(problems)} mistake(s):\n{listed}")
+    return settings(**values)
+
+
+def _contradictions(values: dict[str, Any]) -> list[str]:
+    problems = []
+    if values.get("items") is not None and values.get("interactions") is None:
+        problems.append("--items is set without --interactions; set both, or neither.")
+    size, heads = values["hidden_size"], values["num_heads"]
+    if heads >= 1 and size % heads:
+        problems.append(
+            f"--hidden-size {size} is not a multiple of --num-heads {heads}; change one of them."
+        )
+    return problems
+
+
+def _kind(leaf: Leaf) -> tuple[Any, bool]:
+    """The type of one value, and whether the option takes several."""
+    kind = leaf.type
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):  # X | None
+        kind = next(part for part in typing.get_args(kind) if part is not type(None))
+    if typing.get_origin(kind) is tuple:
+        return typing.get_args(kind)[0], True
+    return kind, False

@@ -1,0 +1,61 @@
+"""Measure what training, evaluation and retrieval cost.
+
+    python scripts/benchmark.py student --data amazon-beauty                  # beside RecTools
+    python scripts/benchmark.py student --data ml-1m --max-length 200
+    python scripts/benchmark.py catalogue                                     # as items grow
+
+`student` installs RecTools into an environment of its own in the cache folder, once. Each
+subcommand has its `--help`. Tables go to stdout, progress to stderr, everything measured to
+`--json FILE`.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from cotrain.benchmarks.settings import (
+    CatalogueSettings,
+    StudentSettings,
+    add_options,
+    read_options,
+)
+from cotrain.errors import ConfigError, CotrainError
+
+COMMANDS = {
+    "student": (StudentSettings, "one epoch and one evaluation beside RecTools' SASRec"),
+    "catalogue": (CatalogueSettings, "step time, retrieval time and memory as the catalogue grows"),
+}
+
+
+def main(argv: list[str]) -> int:
+    """Runs one benchmark; exit code 0."""
+    parser = argparse.ArgumentParser(prog="benchmark.py", description="What cotrain costs.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, (settings, summary) in COMMANDS.items():
+        add_options(commands.add_parser(name, help=summary, description=settings.__doc__), settings)
+    parsed = parser.parse_args(argv)
+    settings = read_options(parsed, COMMANDS[parsed.command][0])
+    target = None if settings.json is None else Path(settings.json).expanduser()
+    if target is not None and not target.parent.is_dir():
+        # Said now and not after an hour of measuring.
+        raise ConfigError(f"--json {target}: there is no folder {target.parent}.")
+    # Importing the libraries takes seconds; --help and mistakes do not wait for it.
+    if isinstance(settings, StudentSettings):
+        from cotrain.benchmarks import student
+
+        result = student.run(settings)
+    else:
+        from cotrain.benchmarks import catalogue
+
+        result = catalogue.run(settings)
+    if target is not None:
+        target.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except CotrainError as error:
+        sys.exit(f"error: {error}")
