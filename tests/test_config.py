@@ -285,6 +285,26 @@ def test_contradictions_between_settings():
     assert found[2].startswith("data.items is set without data.interactions")
 
 
+def test_contradictions_of_the_student():
+    (line,) = mistakes("--teacher.model=none", "--student.item_text=teacher")
+    assert line.startswith("student.item_text is teacher, but teacher.model is none")
+    (line,) = mistakes("--train.item_updates=lazy")
+    assert "chunked_ce touches every item in every step" in line
+    (line,) = mistakes("--train.loss=gbce", "--train.label_smoothing=0.1")
+    assert "has no meaning for train.loss gbce" in line
+    # Without a teacher nothing waits for the end of the warm-up.
+    assert parse(["--teacher.model=none", "--train.epochs=2"]).teacher.model is None
+
+
+def test_cuts_that_only_one_split_has():
+    (line,) = mistakes("--data.validation_start=5", "--data.test_start=9")
+    assert line.startswith("data.validation_start and data.test_start set, but data.split is leave")
+    (line,) = mistakes("--data.split=time", "--data.test_start=9")
+    assert line.startswith("data.test_start is set without the other start")
+    both = ["--data.split=time", "--data.validation_start=5", "--data.test_start=2001-01-31"]
+    assert parse(both).data.test_start == "2001-01-31"
+
+
 def test_files_that_are_no_settings(tmp_path):
     with pytest.raises(ConfigError, match=r"Cannot read .*nowhere\.yaml: No such file"):
         parse(["--config", str(tmp_path / "nowhere.yaml")])
@@ -313,6 +333,9 @@ def test_round_trip_of_every_setting(tmp_path):
         "data.interactions": "a b/é.csv",
         "data.items": "null.csv",
         "train.epochs": 41,
+        # With any other loss, label smoothing and lazy updates contradict each other.
+        "train.loss": "ce",
+        "train.item_updates": "all",
     }
     for leaf in leaves():
         default = leaf.field.default

@@ -18,7 +18,7 @@ def start_from_text(model: SASRec, text_vectors: Tensor) -> None:
     """Replace the random item embeddings by principal components of text embeddings.
 
     The components are centred, and scaled together, not one by one, to a standard deviation of
-    `TEXT_STD`. Where the text has fewer dimensions than the student, the remaining ones stay random.
+    `TEXT_STD`. Where the text has fewer dimensions than the student, the others stay random.
 
     Args:
         model: An untrained student.

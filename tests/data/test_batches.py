@@ -1,7 +1,8 @@
 """Every row of a batch follows from (seed, epoch, user), and holds training items only."""
 
 import itertools
-from dataclasses import fields, replace
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,7 +10,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cotrain.data.batches import EpochSampler, SequenceDataset, collate, left_pad, make_loader
+from cotrain.data.batches import (
+    EpochSampler,
+    SequenceBatch,
+    SequenceDataset,
+    collate,
+    left_pad,
+    make_loader,
+)
 from cotrain.data.catalog import Catalog
 from cotrain.data.interactions import InteractionData
 
@@ -37,26 +45,50 @@ def places(ml100k) -> InteractionData:
     )
 
 
-def epoch_of(data, epoch=0, max_length=50, batch_size=64, seed=0, step=0, **share):
-    dataset = SequenceDataset(data, max_length, seed)
+def epoch_of(
+    data, epoch=0, max_length=50, batch_size=64, seed=0, step=0, windows: Any = "last", **share
+) -> list[SequenceBatch]:
+    dataset = SequenceDataset(data, max_length, seed, windows)
     sampler = EpochSampler(dataset.users, batch_size, seed, **share)
     sampler.start_at(epoch, step)
     return list(make_loader(dataset, sampler))
 
 
+def unpacked(values: torch.Tensor, batch: SequenceBatch) -> list[list[int]]:
+    """(N,) values as a list for each row."""
+    starts, lengths = batch.sequences.starts.tolist(), batch.sequences.lengths.tolist()
+    return [
+        values[start : start + length].tolist()
+        for start, length in zip(starts, lengths, strict=True)
+    ]
+
+
 def rows_by_user(batches) -> dict[int, dict]:
-    """Each user's row without its padding; the cut counted from the first item."""
+    """Each user's row; the cut counted from the row's first item."""
     rows = {}
     for batch in batches:
+        items = unpacked(batch.sequences.item_ids, batch)
+        targets = unpacked(batch.target_ids, batch)
+        cuts = (batch.cut - batch.sequences.starts).tolist()
         for row, user in enumerate(batch.user_index.tolist()):
-            items = batch.item_ids[row]
             rows[user] = {
-                "items": items[items != 0].tolist(),
-                "targets": batch.target_ids[row][batch.target_ids[row] != 0].tolist(),
-                "cut": int(batch.cut[row] - (items == 0).sum()),
+                "items": items[row],
+                "targets": targets[row],
+                "cut": cuts[row],
                 "history": batch.history[row][batch.history[row] != 0].tolist(),
             }
     return rows
+
+
+def tensors_of(batch: SequenceBatch) -> dict[str, torch.Tensor]:
+    packed = batch.sequences
+    slots = {f"slots {at}": group.slots for at, group in enumerate(packed.groups)}
+    return {
+        "user_index": batch.user_index, "target_ids": batch.target_ids, "cut": batch.cut,
+        "history": batch.history, "item_ids": packed.item_ids, "positions": packed.positions,
+        "starts": packed.starts, "lengths": packed.lengths,
+        **{name: tensor for name, tensor in slots.items() if tensor is not None},
+    }  # fmt: skip
 
 
 # ---- one row ------------------------------------------------------------------------------------
@@ -71,31 +103,34 @@ def test_small_batch_by_hand():
     batch = collate([dataset[user, 0] for user in (0, 1, 3)])
     assert batch.user_index.tolist() == [0, 1, 3]
     # Training items: 1 2 3 4; 7 8; 5 6 7 8 9 1. The last max_length + 1 of them make a row.
-    assert batch.item_ids.tolist() == [[1, 2, 3], [0, 0, 7], [7, 8, 9]]
-    assert batch.target_ids.tolist() == [[2, 3, 4], [0, 0, 8], [8, 9, 1]]
-    assert batch.cut[1] == 2
+    # Packed shortest first; `starts` says where each row is.
+    assert batch.sequences.item_ids.tolist() == [7, 1, 2, 3, 7, 8, 9]
+    assert batch.target_ids.tolist() == [8, 2, 3, 4, 8, 9, 1]
+    assert batch.sequences.starts.tolist() == [1, 0, 4]
+    assert batch.cut[1] == 0
     assert batch.cut_target[1] == 8
-    for field in fields(batch):
-        assert getattr(batch, field.name).dtype == torch.int64
+    assert {tensor.dtype for tensor in tensors_of(batch).values()} == {torch.int64}
 
 
-def test_rows_are_padded_on_the_left_to_the_longest_and_no_further(ml100k):
+def test_only_the_history_is_padded_on_the_left_to_the_longest_and_no_further(ml100k):
     for batch in epoch_of(ml100k, max_length=200, batch_size=7):
-        for values in (batch.item_ids, batch.target_ids, batch.history):
-            real = values != 0
-            # Once real, real to the end.
-            assert (real[:, 1:] >= real[:, :-1]).all()
-            assert real[:, -1].all()
-            assert real[:, 0].any()
-        assert torch.equal(batch.item_ids != 0, batch.target_ids != 0)
+        real = batch.history != 0
+        # Once real, real to the end.
+        assert (real[:, 1:] >= real[:, :-1]).all()
+        assert real[:, -1].all()
+        assert real[:, 0].any()
+        # Nothing is computed at padding, for there is none.
+        assert (batch.sequences.item_ids > 0).all()
+        assert (batch.target_ids > 0).all()
+        lengths = [min(200, len(ml100k.train_history(user)) - 1) for user in batch.user_index]
+        assert batch.sequences.lengths.tolist() == lengths
+        assert len(batch.target_ids) == len(batch.sequences.item_ids) == sum(lengths)
 
 
-def test_target_is_the_next_item(ml100k):
-    for batch in epoch_of(ml100k):
-        follows = batch.item_ids[:, :-1] != 0
-        assert torch.equal(batch.target_ids[:, :-1][follows], batch.item_ids[:, 1:][follows])
-        for row, user in enumerate(batch.user_index.tolist()):
-            assert batch.target_ids[row, -1] == ml100k.train_history(user)[-1]
+@pytest.mark.parametrize("windows", ["last", "random"])
+def test_target_is_the_next_item(ml100k, windows):
+    for row in rows_by_user(epoch_of(ml100k, windows=windows)).values():
+        assert row["targets"][:-1] == row["items"][1:]
 
 
 def test_every_row_is_the_end_of_the_training_items(ml100k):
@@ -105,15 +140,16 @@ def test_every_row_is_the_end_of_the_training_items(ml100k):
         assert row["targets"] == items[1:]
 
 
+@pytest.mark.parametrize("windows", ["last", "random"])
 @pytest.mark.parametrize("max_length", [1, 5, 1000])
-def test_history_is_everything_up_to_the_cut(ml100k, max_length):
-    """Also what is older than max_length, because none of it may be retrieved again."""
-    for batch in epoch_of(ml100k, max_length=max_length):
-        rows = torch.arange(len(batch.cut))
-        # The cut lies on a real position, and the history ends with the item there.
-        assert (batch.item_ids[rows, batch.cut] != 0).all()
-        assert torch.equal(batch.history[:, -1], batch.item_ids[rows, batch.cut])
-        assert torch.equal(batch.cut_target, batch.target_ids[rows, batch.cut])
+def test_history_is_everything_up_to_the_cut(ml100k, max_length, windows):
+    """Also what is older than the row, because none of it may be retrieved again."""
+    for batch in epoch_of(ml100k, max_length=max_length, windows=windows):
+        # The cut lies within its row, and the history ends with the item there.
+        starts, lengths = batch.sequences.starts, batch.sequences.lengths
+        assert ((batch.cut >= starts) & (batch.cut < starts + lengths)).all()
+        assert torch.equal(batch.history[:, -1], batch.sequences.item_ids[batch.cut])
+        assert torch.equal(batch.cut_target, batch.target_ids[batch.cut])
         for row, user in enumerate(batch.user_index.tolist()):
             history = batch.history[row][batch.history[row] != 0].tolist()
             items = ml100k.train_history(user).tolist()
@@ -128,14 +164,16 @@ def test_left_pad():
 
 def test_to_device_moves_every_tensor(ml100k):
     batch = epoch_of(ml100k)[0].to(torch.device("meta"))
-    assert {getattr(batch, field.name).device.type for field in fields(batch)} == {"meta"}
+    assert {tensor.device.type for tensor in tensors_of(batch).values()} == {"meta"}
 
 
 # ---- what must never be in a row ----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("max_length", [3, 1000])
-def test_no_validation_or_test_interaction_in_any_batch(places, ml100k, max_length):
+@pytest.mark.parametrize(
+    ("max_length", "windows"), [(3, "last"), (3, "random"), (1000, "last"), (1000, "random")]
+)
+def test_no_validation_or_test_interaction_in_any_batch(places, ml100k, max_length, windows):
     ends = places.offsets[1:]
     held_out = np.concatenate([ends - 2, ends - 1]) + 1
     assert held_out.tolist() == [
@@ -145,20 +183,26 @@ def test_no_validation_or_test_interaction_in_any_batch(places, ml100k, max_leng
     seen = torch.zeros(places.num_interactions + 1, dtype=torch.bool)
     starts, held = torch.from_numpy(places.offsets[:-1]), torch.from_numpy(ends - 2)
     for epoch in range(2):
-        for batch in epoch_of(places, epoch, max_length=max_length):
+        for batch in epoch_of(places, epoch, max_length=max_length, windows=windows):
             first, end = starts[batch.user_index], held[batch.user_index]
-            for values in (batch.item_ids, batch.target_ids, batch.history):
+            for values in (batch.sequences.item_ids, batch.target_ids, batch.history):
                 seen[values.flatten()] = True
-                # And nothing of another user.
-                place = values - 1
-                inside = (place >= first[:, None]) & (place < end[:, None])
-                assert (inside | (values == 0)).all()
+            # And nothing of another user.
+            for values in (batch.sequences.item_ids, batch.target_ids):
+                for row, mine in enumerate(unpacked(values - 1, batch)):
+                    assert min(mine) >= first[row]
+                    assert max(mine) < end[row]
+            place = batch.history - 1
+            inside = (place >= first[:, None]) & (place < end[:, None])
+            assert (inside | (batch.history == 0)).all()
     assert not seen[held_out].any()
     if max_length == 1000:
         # Everything else is there, so that a leak would have shown.
         assert seen.sum() == 1 + places.num_interactions - len(held_out)
     # Ids do not change which places are drawn: the same rows are read under the real ids.
-    by_place, by_item = (rows_by_user(epoch_of(data, 0)) for data in (places, ml100k))
+    by_place, by_item = (
+        rows_by_user(epoch_of(data, 0, windows=windows)) for data in (places, ml100k)
+    )
     for user, row in by_place.items():
         assert ml100k.items[np.array(row["items"]) - 1].tolist() == by_item[user]["items"]
         assert row["cut"] == by_item[user]["cut"]
@@ -197,6 +241,48 @@ def test_cuts_are_uniform_over_the_positions():
     assert (abs(counts - 1000) < 5 * 27).all()
 
 
+# ---- windows ------------------------------------------------------------------------------------
+
+
+def test_random_windows_are_any_stretch_of_a_long_history_and_all_of_it_in_time():
+    # 20 training items under the ids 1 to 20; rows of 5 positions are 6 items: 15 windows.
+    dataset = SequenceDataset(interactions(list(range(1, 23))), 5, seed=0, windows="random")
+    starts, trained = [], set()
+    for epoch in range(3000):
+        row: dict[str, Any] = dataset[0, epoch]
+        window = row["window"].tolist()
+        assert window == list(range(window[0], window[0] + 6))
+        assert 0 <= row["cut"] < 5
+        assert row["history"].tolist() == list(range(1, window[row["cut"]] + 1))
+        starts.append(window[0])
+        trained |= {*itertools.pairwise(window)}
+    assert trained == {(item, item + 1) for item in range(1, 20)}
+    counts = np.bincount(starts, minlength=16)[1:]
+    assert len(counts) == 15
+    # 200 ± 13.7 each, from the first item on to the last one.
+    assert (abs(counts - 200) < 5 * 13.7).all()
+    # The cut does not follow from the window.
+    cuts = np.array([dataset[0, epoch]["cut"] for epoch in range(3000)])
+    assert abs(np.corrcoef(starts, cuts)[0, 1]) < 5 / np.sqrt(3000)
+
+
+def test_a_history_that_fits_is_one_window_either_way(ml100k):
+    # The longest has 735 training items.
+    last, other = (
+        rows_by_user(epoch_of(ml100k, max_length=734, windows=windows))
+        for windows in ("last", "random")
+    )
+    for user, row in last.items():
+        assert row["items"] == other[user]["items"] == ml100k.train_history(user)[:-1].tolist()
+
+
+def test_random_windows_depend_on_seed_epoch_and_user_only(ml100k):
+    expected = rows_by_user(epoch_of(ml100k, epoch=3, batch_size=64, windows="random"))
+    assert rows_by_user(epoch_of(ml100k, epoch=3, batch_size=5, windows="random")) == expected
+    assert rows_by_user(epoch_of(ml100k, epoch=4, windows="random")) != expected
+    assert rows_by_user(epoch_of(ml100k, epoch=3, seed=1, windows="random")) != expected
+
+
 # ---- epochs -------------------------------------------------------------------------------------
 
 
@@ -224,8 +310,9 @@ def test_loader_goes_on_in_the_middle_of_an_epoch(ml100k):
     whole, tail = epoch_of(ml100k, 2), epoch_of(ml100k, 2, step=11)
     assert len(tail) == len(whole) - 11
     for left, right in zip(whole[11:], tail, strict=True):
-        for field in fields(left):
-            assert torch.equal(getattr(left, field.name), getattr(right, field.name))
+        ours, theirs = tensors_of(left), tensors_of(right)
+        assert ours.keys() == theirs.keys()
+        assert all(ours[name].equal(theirs[name]) for name in ours)
 
 
 @settings(deadline=None)

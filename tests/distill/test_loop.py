@@ -104,7 +104,7 @@ def test_a_step_brings_the_students_scores_closer_to_the_verdict_on_its_candidat
     )  # fmt: skip
     batch = one_batch(run)
     student: Any = state.student.model
-    output = student(batch)
+    output = student(batch, run.loss)
     candidates = retrieve(
         output.user_state, student.item_vectors, batch.history, batch.cut_target, 5
     )
@@ -113,12 +113,12 @@ def test_a_step_brings_the_students_scores_closer_to_the_verdict_on_its_candidat
     probs = teacher_distribution(verdict.identifier_logits, 0.1)
 
     def ranking_loss() -> float:
-        states = student(batch).user_state
+        states = student(batch, run.loss).user_state
         scores = torch.einsum("bd,bkd->bk", states, student.item_vectors[candidates.item_ids])
         return listnet_sum(scores, probs, verdict.valid.float()).item() / len(probs)
 
     before = ranking_loss()
-    report = cotrain_step(state, batch, run.teacher, run.config, run.accelerator)
+    report = cotrain_step(state, batch, run.teacher, run.loss, run.config, run.accelerator)
     assert report["loss_rank"] == pytest.approx(before, rel=1e-5)
     assert ranking_loss() < before
 
@@ -139,9 +139,9 @@ def test_a_step_reports_the_means_of_what_it_optimises(prepared: Prepare):
     batch = one_batch(run)
     torch.manual_seed(5)
     with torch.no_grad():
-        output = state.student.model(batch)
+        output = state.student.model(batch, run.loss)
     torch.manual_seed(5)
-    report = cotrain_step(state, batch, run.teacher, run.config, run.accelerator)
+    report = cotrain_step(state, batch, run.teacher, run.loss, run.config, run.accelerator)
     assert report["loss_ce"] == pytest.approx((output.loss_sum / output.n_targets).item(), rel=1e-5)
     assert report["teacher_rows"] == 16
     expected = report["loss_ce"] + 0.1 * report["loss_rank"] + 0.001 * report["loss_emb"]

@@ -17,10 +17,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-from cotrain.data.catalog import Catalog
 from cotrain.errors import CotrainError
 from cotrain.runtime import checkpoint
-from cotrain.student.sasrec import SASRec
+from cotrain.student.recommender import Recommender
 
 SCRIPT = Path(__file__).parent.parent.parent / "scripts" / "train_online.py"
 specification = importlib.util.spec_from_file_location("train_online", SCRIPT)
@@ -118,11 +117,36 @@ def test_a_run_leaves_what_the_readme_promises(options: Options):
     assert len(checkpoint.steps(folder)) == 2
 
     # The exported student is the model that was tested.
-    student = SASRec.from_pretrained(folder / "student").eval()
-    assert len(Catalog.load(folder / "student")) == student.item_vectors.shape[0]
+    student = Recommender.from_pretrained(folder / "student")
+    assert student.model.settings["num_items"] == report["dataset"]["items"]
+    card = (folder / "student/README.md").read_text()
+    assert f"| ndcg@10 | {report[report['shipped']]['test']['ndcg@10']:.4f} |" in card
+    assert len(student.recommend([student.catalog.item_ids[1:4]]).item_ids[0]) == 10
     ranks = pl.read_parquet(folder / "ranks.parquet")[f"{report['shipped']}_test_rank"]
     recall = report[report["shipped"]]["test"]["recall@10"]
     assert (ranks <= 10).mean() == pytest.approx(recall)
+
+
+def test_a_run_split_by_time_evaluates_whom_it_can(options: Options):
+    options |= {"data.split": "time", "data.validation_share": 0.3, "data.test_share": 0.3}
+    assert launch(options).returncode == 0
+    report = json.loads((options["output_dir"] / "report.json").read_text())
+    evaluated = report["dataset"]["evaluated_users"]
+    assert 0 < evaluated["test"] < report["dataset"]["users"]
+    ranks = pl.read_parquet(options["output_dir"] / "ranks.parquet")
+    assert ranks.height == report["dataset"]["users"]
+    for split, users in evaluated.items():
+        column = ranks[f"student_{split}_rank"]
+        assert column.null_count() == ranks.height - users
+        recall = report["student"][split]["recall@10"]
+        assert (column.drop_nulls() <= 10).mean() == pytest.approx(recall)
+    views = {row["view"] for row in report["slices"]}
+    for view in views:
+        rows = [row for row in report["slices"] if row["view"] == view]
+        assert sum(row["users"] for row in rows) == evaluated["test"]
+    assert 0 < report["student"]["recommended"]["coverage@10"] <= 1
+    page = (options["output_dir"] / "report.html").read_text()
+    assert "Slices of the test users" in page
 
 
 @pytest.fixture(scope="module")
@@ -322,7 +346,7 @@ def test_more_candidates_than_items_is_refused(options: Options, tmp_path: Path)
 def test_histories_too_short_to_train_on_are_refused(options: Options, tmp_path: Path):
     rows = [f"{user},{3 * user + item},{item}" for user in range(9) for item in range(3)]
     arguments = only_these(options, tmp_path, rows)
-    with pytest.raises(CotrainError, match="0 of 9 users have 4 interactions"):
+    with pytest.raises(CotrainError, match="0 of 9 users have two interactions"):
         train_online.main(arguments)
 
 

@@ -157,3 +157,21 @@ def test_calibration_removes_the_bias_of_a_letter_and_nothing_else(
     shown = calibrated.identifier_logits.gather(1, calibrated.shown_order)
     centred = (shown - shown.mean(1, keepdim=True)).mean(0)
     torch.testing.assert_close(centred, torch.zeros(K), atol=1e-5, rtol=0)
+
+
+def test_item_embeddings_are_mean_states_of_title_and_categories_one_by_one(
+    tiny_teacher: str, ml100k: InteractionData
+):
+    # A small budget, so that texts of unlike length share a pass with padding, and many passes.
+    ranker = make_ranker(tiny_teacher, ml100k, K, batch_tokens=500)
+    vectors = ranker.embed_items()
+    assert vectors.shape == (ml100k.num_items, 32)
+    assert vectors.dtype == torch.float32
+    catalog, backbone = ml100k.catalog, ranker.backbone
+    for item in (1, 2, 3, 500, 1000, 1500):  # none is cut to its first 16 tokens
+        ids = ranker.prompts.item_tokens()[item - 1]
+        text = f" {catalog.title(item)} | {', '.join(catalog.categories[item].split('|'))}"
+        assert backbone.tokenizer.decode(ids) == text
+        output = backbone.model(torch.tensor([ids]), output_hidden_states=True)
+        plain = output.hidden_states[-1][0].mean(0)
+        torch.testing.assert_close(vectors[item - 1], plain, atol=1e-5, rtol=1e-5)
