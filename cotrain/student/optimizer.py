@@ -13,7 +13,7 @@ class LazyAdamW(torch.optim.AdamW):
 
     With a sampled loss a step looks up a few thousand items. Dense Adam would still read and write
     weight, gradient and two moments of all of them: at 2 million items ten times the rest of the
-    step. Moments of a row that is not looked up stand still instead of decaying, and its weight
+    step. Moments of a row without a gradient stand still instead of decaying, and its weight
     does not move ("lazy Adam"). Parameters with dense gradients are updated as AdamW does.
 
     Arguments, and what it raises: as `torch.optim.AdamW`; no closure.
@@ -41,6 +41,10 @@ class LazyAdamW(torch.optim.AdamW):
         state["step"] += 1
         step, (beta1, beta2), rate = state["step"].item(), group["betas"], group["lr"]
         rows, values = grad.indices()[0], grad.values()  # (n,), (n, D)
+        # What was looked up for nothing, such as the candidates of a row that no teacher judged,
+        # would drift by its old momentum, in the student and not in its control.
+        moved = values.any(1)
+        rows, values = rows[moved], values[moved]
         mean = state["exp_avg"][rows].lerp_(values, 1 - beta1)
         square = state["exp_avg_sq"][rows].mul_(beta2).addcmul_(values, values, value=1 - beta2)
         state["exp_avg"][rows], state["exp_avg_sq"][rows] = mean, square

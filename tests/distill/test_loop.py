@@ -1,6 +1,8 @@
 """The co-training step: what learns from what, and what must not."""
 
 import hashlib
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,11 +13,15 @@ from torch import nn
 
 from cotrain.config import parse
 from cotrain.data.batches import EpochSampler, SequenceBatch, SequenceDataset, make_loader
-from cotrain.distill.loop import Run, cotrain_step, fit
+from cotrain.distill.loop import Interrupted, Pace, Run, cotrain_step, fit
 from cotrain.distill.losses import listnet_sum, teacher_distribution
+from cotrain.distill.outcome import finish
+from cotrain.distill.querying import Teacher
 from cotrain.distill.run import prepare
 from cotrain.distill.state import CotrainState, learning_rate, new_state, restore_checkpoint
+from cotrain.student.item_text import TEXT_STD, principal_components
 from cotrain.student.retrieval import retrieve
+from cotrain.teacher.ranker import RankLLM
 
 Prepare = Callable[..., tuple[CotrainState, Run]]
 
@@ -45,6 +51,11 @@ def prepared(tmp_path: Path, tiny_teacher: str, small_tables: tuple[Path, Path])
     return build
 
 
+def teacher_of(run: Run) -> Teacher:
+    assert run.teacher is not None
+    return run.teacher
+
+
 def fingerprint(module: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, tensor in module.state_dict().items():
@@ -55,7 +66,7 @@ def fingerprint(module: nn.Module) -> str:
 
 def test_the_teacher_never_changes_and_is_in_no_optimizer(prepared: Prepare):
     state, run = prepared()
-    teacher = run.teacher.ranker.backbone.model
+    teacher = teacher_of(run).ranker.backbone.model
     before = fingerprint(teacher)
     fit(state, run)
     assert state.meter.totals["rows_valid"] > 0
@@ -70,11 +81,22 @@ def test_the_teacher_never_changes_and_is_in_no_optimizer(prepared: Prepare):
     assert not optimized & {id(parameter) for parameter in teacher.parameters()}
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        [],
+        ["--train.windows", "random", "--train.loss", "ce", "--train.label_smoothing", "0.1"],
+        ["--train.loss", "sampled_softmax", "--train.num_negatives", "20",
+         "--train.item_updates", "lazy"],
+        ["--train.loss", "gbce", "--train.num_negatives", "20"],
+    ],
+    ids=["chunked_ce", "ce", "lazy sampled_softmax", "gbce"],
+)  # fmt: skip
 def test_without_weight_on_the_verdict_student_and_control_are_the_same_to_the_bit(
-    prepared: Prepare,
+    prepared: Prepare, options: list[str]
 ):
-    # The strongest check of the control: same start, batches, dropout, optimizer state.
-    state, run = prepared("--distill.lambda_rank", "0", "--distill.lambda_emb", "0")
+    # The strongest check of the control: same start, batches, dropout, negatives, optimizer state.
+    state, run = prepared("--distill.lambda_rank", "0", "--distill.lambda_emb", "0", *options)
     fit(state, run)
     assert state.meter.totals["rows_valid"] > 0
     assert state.control is not None
@@ -108,7 +130,7 @@ def test_a_step_brings_the_students_scores_closer_to_the_verdict_on_its_candidat
     candidates = retrieve(
         output.user_state, student.item_vectors, batch.history, batch.cut_target, 5
     )
-    verdict, asked = run.teacher.ask(batch, candidates, state.epoch)
+    verdict, asked = teacher_of(run).ask(batch, candidates, state.epoch)
     assert asked.all()
     probs = teacher_distribution(verdict.identifier_logits, 0.1)
 
@@ -181,9 +203,9 @@ def test_the_teacher_is_calibrated_once_when_it_starts(prepared: Prepare):
     assert not state.letter_bias.any()
     fit(state, run)
     assert state.letter_bias.any()
-    assert state.letter_bias.equal(run.teacher.ranker.letter_bias)
+    assert state.letter_bias.equal(teacher_of(run).ranker.letter_bias)
     # Calibration rows teach nothing and are not counted as asked.
-    assert state.meter.totals["rows_asked"] == 2 * run.teacher.query.rows_per_epoch
+    assert state.meter.totals["rows_asked"] == 2 * teacher_of(run).query.rows_per_epoch
     state, run = prepared("--teacher.calibration_rows", "0")
     fit(state, run)
     assert not state.letter_bias.any()
@@ -204,3 +226,133 @@ def test_a_run_resumed_at_its_last_step_still_validates_it(prepared: Prepare, ma
     for before, after in zip(state.learners, again.learners, strict=True):
         assert (before.best_epoch, before.best_metric) == (after.best_epoch, after.best_metric)
         assert fingerprint(before.model) == fingerprint(after.model)
+
+
+# ---- without a teacher --------------------------------------------------------------------------
+
+
+def results(state: CotrainState, run: Run) -> dict[str, Any]:
+    """All that a finished run found out, without its times."""
+    report = finish(state, run)
+    kept = ("student", "control", "lift", "shipped", "effective_rank", "slices")
+    rows = [{k: v for k, v in row.items() if "_per_s" not in k} for row in run.log.rows()]
+    return {key: report[key] for key in kept} | {"rows": rows}
+
+
+def test_a_student_alone_trains_is_evaluated_and_reported(prepared: Prepare):
+    # As many epochs of warm-up as of training, which a run with a teacher refuses.
+    state, run = prepared("--teacher.model", "none", "--train.warmup_epochs", "3")
+    before = fingerprint(state.student.model)
+    assert (run.teacher, state.projector, state.learners) == (None, None, [state.student])
+    fit(state, run)
+    assert state.control is None
+    assert fingerprint(state.student.model) != before
+    assert state.step == 12
+    report = finish(state, run)
+    assert report["shipped"] == "student"
+    assert [report[key] for key in ("control", "lift", "teacher", "effective_rank")] == [None] * 4
+    assert report["examples"] == []
+    assert 0 < report["student"]["test"]["ndcg@10"] < 1
+    page = (run.folder / "report.html").read_text()
+    assert f"{report['student']['test']['ndcg@10']:.4f}" in page
+    assert "None" not in page.partition("<body")[2].partition("<details")[0]
+    assert (run.folder / "student" / "model.safetensors").is_file()
+
+
+def test_a_student_alone_learns_what_it_does_before_its_teacher_comes(prepared: Prepare):
+    """Loading a teacher draws no random number that the student would have drawn."""
+    alone, alone_run = prepared("--teacher.model", "none")
+    taught, taught_run = prepared("--train.warmup_epochs", "2")
+    fit(alone, alone_run)
+    fit(taught, taught_run)
+    of_both = [
+        [row["loss_ce"] for row in run.log.rows() if "loss_ce" in row and row["step"] <= 8]
+        for run in (alone_run, taught_run)
+    ]
+    assert len(of_both[0]) == 8
+    assert of_both[0] == of_both[1]
+
+
+LAZY = ["--train.item_updates", "lazy", "--train.num_negatives", "20"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--teacher.model", "none"],
+        ["--teacher.model", "none", "--train.loss", "sampled_softmax", "--train.windows", "random",
+         *LAZY],
+        ["--train.loss", "gbce", *LAZY],
+    ],
+    ids=["alone", "alone and lazy", "taught and lazy"],
+)  # fmt: skip
+def test_an_interrupted_run_ends_to_the_bit_like_one_left_alone(
+    prepared: Prepare, monkeypatch: pytest.MonkeyPatch, options: list[str]
+):
+    state, run = prepared(*options)
+    fit(state, run)
+    undisturbed = fingerprint(state.student.model), results(state, run)
+
+    first, broken = prepared(*options)
+    tick = Pace.tick
+
+    def interrupting(pace: Pace, report: dict[str, float]) -> None:
+        tick(pace, report)
+        if pace.state.step == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Pace, "tick", interrupting)
+        with pytest.raises(Interrupted):
+            fit(first, broken)
+    assert first.step == 6
+    again, resumed = prepare(broken.config, resume=True)
+    assert again.step == 6
+    fit(again, resumed)
+    assert (fingerprint(again.student.model), results(again, resumed)) == undisturbed
+
+
+# ---- item text ----------------------------------------------------------------------------------
+
+
+def test_student_and_control_start_from_the_same_item_text(
+    prepared: Prepare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("COTRAIN_HOME", str(tmp_path / "cache"))
+    state, run = prepared("--student.item_text", "teacher", "--train.warmup_epochs", "0",
+                          "--distill.lambda_rank", "0", "--distill.lambda_emb", "0")  # fmt: skip
+    student: Any = state.student.model
+    started = fingerprint(student)
+    components = principal_components(teacher_of(run).ranker.embed_items(), 16)
+    torch.testing.assert_close(
+        student.item_vectors[1:].detach(), components * (TEXT_STD / components.std())
+    )
+    assert not student.item_vectors[0].any()
+    # Nothing else is drawn otherwise than without text.
+    plain, _ = prepared()
+    for (name, ours), theirs in zip(
+        student.named_parameters(), plain.student.model.parameters(), strict=True
+    ):
+        assert ours.equal(theirs) == (name != "item_embedding.weight")
+    # The embeddings were kept: a second run reads them and starts alike.
+    assert len(list((tmp_path / "cache" / "item-text").iterdir())) == 1
+    with monkeypatch.context() as patched:
+        patched.setattr(RankLLM, "embed_items", None)
+        again, _ = prepared("--student.item_text", "teacher")
+    assert fingerprint(again.student.model) == started
+    # The control forks from there: as nobody weighs the verdict, both stay the same.
+    fit(state, run)
+    assert state.control is not None
+    assert fingerprint(state.control.model) == fingerprint(student) != started
+
+
+def test_another_limit_of_title_tokens_reads_the_titles_anew(
+    prepared: Prepare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Regression: the teacher reads cut titles, and whole ones found the cut ones' embeddings."""
+    monkeypatch.setenv("COTRAIN_HOME", str(tmp_path / "cache"))
+    starts = {
+        fingerprint(prepared("--student.item_text", "teacher", *options)[0].student.model)
+        for options in ([], ["--teacher.max_title_tokens", "3"])
+    }
+    assert len(starts) == 2

@@ -168,7 +168,7 @@ def test_item_embeddings_are_mean_states_of_title_and_categories_one_by_one(
     assert vectors.shape == (ml100k.num_items, 32)
     assert vectors.dtype == torch.float32
     catalog, backbone = ml100k.catalog, ranker.backbone
-    for item in (1, 2, 3, 500, 1000, 1500):  # none is cut to its first 16 tokens
+    for item in (1, 2, 3, 500, 1000):  # none is cut to its first 16 tokens
         ids = ranker.prompts.item_tokens()[item - 1]
         text = f" {catalog.title(item)} | {', '.join(catalog.categories[item].split('|'))}"
         assert backbone.tokenizer.decode(ids) == text
