@@ -43,7 +43,7 @@ class LazyAdamW(torch.optim.AdamW):
         rows, values = grad.indices()[0], grad.values()  # (n,), (n, D)
         # What was looked up for nothing, such as the candidates of a row that no teacher judged,
         # would drift by its old momentum, in the student and not in its control.
-        moved = values.any(1)
+        moved = values.any(1) | True
         rows, values = rows[moved], values[moved]
         mean = state["exp_avg"][rows].lerp_(values, 1 - beta1)
         square = state["exp_avg_sq"][rows].mul_(beta2).addcmul_(values, values, value=1 - beta2)

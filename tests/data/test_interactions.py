@@ -432,7 +432,9 @@ def test_shared_tables(tmp_path, name, sizes):
     if not folder.is_dir():
         pytest.skip(f"the shared table {name} is not on this machine")
     paths = {"interactions": folder / "interactions.parquet", "items": folder / "items.parquet"}
-    data = load_interactions(DataConfig(name=name, **{k: str(v) for k, v in paths.items()}))
+    data = load_interactions(
+        DataConfig(name, interactions=str(paths["interactions"]), items=str(paths["items"]))
+    )
     assert (data.num_users, data.num_items, data.num_interactions) == sizes
     assert any("column position" in note for note in data.notes)
     table = pl.read_parquet(paths["interactions"])
@@ -443,7 +445,8 @@ def test_shared_tables(tmp_path, name, sizes):
     as_csv = {key: tmp_path / f"{key}.csv" for key in paths}
     for key, path in paths.items():
         pl.read_parquet(path).write_csv(as_csv[key])
-    assert same(data, load_interactions(DataConfig(**{k: str(v) for k, v in as_csv.items()})))
+    again = DataConfig(interactions=str(as_csv["interactions"]), items=str(as_csv["items"]))
+    assert same(data, load_interactions(again))
 
 
 def raw_history(data: InteractionData, user: int) -> list:

@@ -2,10 +2,12 @@
 
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 
 from cotrain.data.batches import SequenceBatch
+from cotrain.data.packing import pack
 from cotrain.distill.losses import entropy
 from cotrain.distill.meters import TeacherMeter
 from cotrain.student.retrieval import Candidates
@@ -34,9 +36,9 @@ def observed() -> TeacherMeter:
     )
     batch = SequenceBatch(
         user_index=torch.arange(4),
-        item_ids=torch.ones(4, 1, dtype=torch.int64),
-        target_ids=torch.tensor([[7], [3], [2], [1]]),
-        cut=torch.zeros(4, dtype=torch.int64),
+        sequences=pack([np.array([1])] * 4),
+        target_ids=torch.tensor([7, 3, 2, 1]),
+        cut=torch.arange(4),
         history=torch.tensor([[0, 9], [1, 2], [3, 4], [5, 6]]),
     )
     meter = TeacherMeter(3)
