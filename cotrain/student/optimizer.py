@@ -41,10 +41,10 @@ class LazyAdamW(torch.optim.AdamW):
         state["step"] += 1
         step, (beta1, beta2), rate = state["step"].item(), group["betas"], group["lr"]
         rows, values = grad.indices()[0], grad.values()  # (n,), (n, D)
-        # What was looked up for nothing, such as the candidates of a row that no teacher judged,
-        # would drift by its old momentum, in the student and not in its control.
-        moved = values.any(1) | True
-        rows, values = rows[moved], values[moved]
+        # Looked up, but without a say in the loss (a verdict of no weight): old momentum alone must
+        # not move them.
+        told = values.any(1)
+        rows, values = rows[told], values[told]
         mean = state["exp_avg"][rows].lerp_(values, 1 - beta1)
         square = state["exp_avg_sq"][rows].mul_(beta2).addcmul_(values, values, value=1 - beta2)
         state["exp_avg"][rows], state["exp_avg_sq"][rows] = mean, square
