@@ -266,9 +266,9 @@ def test_a_student_alone_trains_is_evaluated_and_reported(prepared: Prepare):
     assert report["shipped"] == "student"
     assert [report[key] for key in ("control", "lift", "teacher", "effective_rank")] == [None] * 4
     assert report["examples"] == []
-    assert 0 < report["student"]["test"]["ndcg@10"] < 1
+    assert 0 < report["student"]["test"]["mrr"] < 1
     page = (run.folder / "report.html").read_text()
-    assert f"{report['student']['test']['ndcg@10']:.4f}" in page
+    assert f"{report['student']['test']['mrr']:.4f}" in page
     assert "None" not in page.partition("<body")[2].partition("<details")[0]
     assert (run.folder / "student" / "model.safetensors").is_file()
 

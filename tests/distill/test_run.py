@@ -149,6 +149,24 @@ def test_a_run_split_by_time_evaluates_whom_it_can(options: Options):
     assert "Slices of the test users" in page
 
 
+def test_a_student_can_be_trained_alone(options: Options):
+    options |= {"teacher.model": "none", "train.epochs": 2}  # fewer than the warm-up with a teacher
+    options |= {"train.loss": "sampled_softmax", "train.item_updates": "lazy"}
+    done = launch(options)
+    assert done.returncode == 0, done.stderr
+    assert "without a teacher" in done.stdout
+    folder = options["output_dir"]
+    report = json.loads((folder / "report.json").read_text())
+    assert report["teacher"] is report["control"] is report["lift"] is None
+    assert 0 < report["student"]["test"]["mrr"] < 1
+    assert f"{report['student']['test']['mrr']:.4f}" in (folder / "report.html").read_text()
+    assert pl.read_parquet(folder / "ranks.parquet").columns == [
+        "user_id", "student_validation_rank", "student_test_rank",
+    ]  # fmt: skip
+    student = Recommender.from_pretrained(folder / "student")
+    assert len(student.recommend([student.catalog.item_ids[1:4]]).item_ids[0]) == 10
+
+
 @pytest.fixture(scope="module")
 def undisturbed(settings: Options, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "undisturbed"

@@ -10,6 +10,8 @@ from cotrain.data.catalog import Catalog
 from cotrain.data.interactions import InteractionData, load_interactions
 from cotrain.evaluation import evaluator
 from cotrain.evaluation.evaluator import Evaluation, evaluate
+from cotrain.evaluation.metrics import metrics_from_ranks
+from cotrain.student.sasrec import SASRec
 
 
 class Bag:
@@ -74,6 +76,29 @@ def test_results_do_not_depend_on_what_is_scored_at_once(
     model = Bag(by_time.num_items)
     assert same(evaluate(model, by_time, "test", batch_size), expected)
     assert model.most_users == min(batch_size, len(expected.users))
+
+
+@pytest.fixture
+def small_student(ml100k) -> SASRec:
+    torch.manual_seed(0)
+    return SASRec(ml100k.num_items, hidden_size=8, num_layers=1, max_length=20).double()
+
+
+@pytest.mark.parametrize("batch_size", [1, 7])
+def test_a_students_ranks_do_not_depend_on_the_batch_size(ml100k, small_student, batch_size):
+    """In float64: what the rounding of float32 swaps are items a millionth apart."""
+    expected = evaluate(small_student, ml100k, "test", 256)
+    found = evaluate(small_student, ml100k, "test", batch_size)
+    assert same(found, expected)
+    assert np.array_equal(found.recommended, expected.recommended)
+
+
+def test_a_students_metrics_do_not_depend_on_the_batch_size_in_float32(ml100k, small_student):
+    one, other = (
+        metrics_from_ranks(evaluate(small_student.float(), ml100k, "test", batch_size).ranks)
+        for batch_size in (16, 943)
+    )
+    assert one == pytest.approx(other, abs=1e-4)
 
 
 def test_no_more_scores_at_once_than_allowed(ml100k, monkeypatch):

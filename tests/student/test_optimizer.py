@@ -107,6 +107,19 @@ def test_rows_that_are_not_looked_up_stay_as_they_are_to_the_bit():
         assert (new[touched] != old[touched]).all()
 
 
+def test_a_row_looked_up_for_nothing_stays_as_it_is_to_the_bit():
+    """Regression: with a gradient of zero it took a step by its old momentum."""
+    model = Model(sparse=True, dtype=torch.float32)
+    optimizer = LazyAdamW(model.parameters(), lr=0.1, weight_decay=0.1)
+    train(model, optimizer, every_row(3), rate=0.05)
+    before = weights(model.table)[0]
+    optimizer.zero_grad()
+    (model.table(torch.tensor([3, 8, 8])) * torch.tensor([[1.0], [0.0], [0.0]])).sum().backward()
+    optimizer.step()
+    moved = (model.table.weight != before).any(1)
+    assert moved.nonzero().flatten().tolist() == [3]
+
+
 def test_a_row_looked_up_twice_in_a_step_moves_by_the_sum():
     results = []
     for ids in ([4, 4, 1], [1, 4]):
