@@ -12,7 +12,8 @@ PACKAGE = Path(__file__).parent.parent / "cotrain"
 BELOW = {
     "cotrain.errors": set(),
     "cotrain.files": set(),
-    "cotrain.config": {"cotrain.errors"},
+    "cotrain.settings": set(),
+    "cotrain.config": {"cotrain.errors", "cotrain.settings"},
     "cotrain.asset_builders": {"cotrain.errors"},
     "cotrain.assets": {"cotrain.errors", "cotrain.files", "cotrain.asset_builders"},
     "cotrain.runtime": {"cotrain.errors", "cotrain.files", "cotrain.config"},

@@ -22,6 +22,7 @@ from cotrain.errors import DataError, some_of
 BLOCK_BYTES = 1 << 25
 # A line longer than this is no line: the file is of another kind.
 _MAX_LINE_BYTES = 1 << 28
+# What gzip and zip raise on damaged bytes; NotImplementedError is zip's for an unknown method.
 _DAMAGED = (EOFError, zlib.error, gzip.BadGzipFile, zipfile.BadZipFile, NotImplementedError)
 
 

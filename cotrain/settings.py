@@ -1,0 +1,244 @@
+"""Every setting of a run: what it means, its unit, its range and its default.
+
+Frozen dataclasses and nothing else; `cotrain.config` fills them from files and command lines.
+"""
+
+import dataclasses
+from typing import Any, Literal
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    ge: float | None = None,
+    gt: float | None = None,
+    le: float | None = None,
+    lt: float | None = None,
+) -> Any:
+    """A dataclass field that carries its help text and its allowed range."""
+    bounds = {"≥": ge, ">": gt, "≤": le, "<": lt}
+    bounds = {sign: bound for sign, bound in bounds.items() if bound is not None}
+    return dataclasses.field(default=default, metadata={"help": help, "bounds": bounds})
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Which interactions and items to learn from."""
+
+    name: str = option(
+        "ml-100k",
+        "Name of a known or prepared data set, or path of a prepared folder; with "
+        "data.interactions set, only a label for the report.",
+    )
+    interactions: str | None = option(
+        None, "Parquet, CSV or TSV table of interactions, one row each; none: the data set `name`."
+    )
+    items: str | None = option(
+        None, "Parquet, CSV or TSV table of items with their titles; none: ids serve as titles."
+    )
+    user_column: str = option("user_id", "Column of the user id in the interactions table.")
+    item_column: str = option("item_id", "Column of the item id, in both tables.")
+    timestamp_column: str = option("timestamp", "Column of the time, any number that grows.")
+    order_column: str | None = option(
+        None,
+        "Column that orders a user's interactions; none: `position` where the table has it, else "
+        "the timestamp. Equal values keep the order of the file.",
+    )
+    title_column: str = option("title", "Column of the item title in the items table.")
+    categories_column: str | None = option(
+        "categories", "Column of the item categories, joined by a bar; none, or absent: not used."
+    )
+    split: Literal["leave-one-out", "time"] = option(
+        "leave-one-out",
+        "leave-one-out: of every user the last interaction is the test target, the one before it "
+        "the validation target. time: one cut for all users; nothing after it is trained on.",
+    )
+    validation_share: float = option(
+        0.1, "Split by time: share of the interactions in the validation window.", gt=0, lt=0.5
+    )
+    test_share: float = option(
+        0.1,
+        "Split by time: share of the interactions, the latest, in the test window.",
+        gt=0,
+        lt=0.5,
+    )
+    validation_start: str | None = option(
+        None,
+        "Split by time: start of the validation window, in place of validation_share; a number in "
+        "the unit of the timestamps, or an ISO date where they are dates; none: by share.",
+    )
+    test_start: str | None = option(
+        None, "Split by time: start of the test window, like validation_start; none: by share."
+    )
+    time_target: Literal["last", "first"] = option(
+        "last", "Split by time: which of a user's interactions in a window is to be predicted."
+    )
+    unseen_items: Literal["keep", "drop"] = option(
+        "keep",
+        "Split by time: items without an interaction before the validation window. keep: they stay "
+        "in the catalogue and can be targets. drop: they leave, with their interactions.",
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class StudentConfig:
+    """The sequential recommender that is served (SASRec)."""
+
+    hidden_size: int = option(128, "Width D of item embeddings and states.", ge=1)
+    num_layers: int = option(2, "Transformer blocks.", ge=1)
+    num_heads: int = option(2, "Attention heads; divides hidden_size.", ge=1)
+    max_length: int = option(200, "Most recent interactions that the student sees.", ge=1)
+    dropout: float = option(0.3, "Dropout probability.", ge=0, lt=1)
+    item_text: str | None = option(
+        None,
+        "Start item embeddings from the items' titles and categories, encoded by this sentence "
+        "encoder (a known asset, a local folder or a hub name) or by the `teacher`; none: random.",
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class TeacherConfig:
+    """The language model that ranks the student's candidates (RankLLM)."""
+
+    model: str | None = option(
+        "smollm2-135m-instruct",
+        "Causal language model: a known asset, a local folder, or a hub name; none: train the "
+        "student alone.",
+    )
+    quantization: Literal["nf4", "int8", "bf16", "fp32"] = option(
+        "nf4", "Weights: nf4 and int8 by bitsandbytes (on CPU computed in fp32), or unquantised."
+    )
+    mode: Literal["direct"] = option(
+        "direct", "direct: one forward pass, verdict read at the answer prefix."
+    )
+    decision_position: Literal["predict"] = option(
+        "predict",
+        "Where the decision state is read. predict: the state whose logits choose the first "
+        "identifier.",
+    )
+    num_candidates: int = option(20, "Candidates K that are ranked, lettered A, B, …", ge=2, le=26)
+    history_length: int = option(10, "Most recent titles of the history in the prompt.", ge=1)
+    item_noun: str = option("item", "What the items are called in the prompt, e.g. movie.")
+    max_title_tokens: int = option(
+        32, "An item's title and categories are cut to this many tokens each.", ge=1
+    )
+    calibration_rows: int = option(
+        64,
+        "Rows ranked when the teacher starts to measure how much it favours each letter, whatever "
+        "stands behind it; that is subtracted from its logits from then on. 0: no calibration.",
+        ge=0,
+    )
+    batch_tokens: int = option(
+        8192, "Prompt tokens, padding included, in one forward pass of the teacher.", ge=1
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class DistillConfig:
+    """How the teacher's verdict enters the student's loss."""
+
+    lambda_rank: float = option(0.1, "Weight of the ranking loss (ListNet).", ge=0)
+    lambda_emb: float = option(0.001, "Weight of the decision-state alignment loss.", ge=0)
+    student_temperature: float = option(
+        1.0, "τ_s: the student's candidate scores are divided by it.", gt=0
+    )
+    teacher_temperature: float = option(
+        1.0, "τ_t: the teacher's identifier logits are divided by it.", gt=0
+    )
+    confidence: Literal["entropy", "none"] = option(
+        "entropy",
+        "Weight of a row's verdict. entropy: 1 − H(Q) / log K; none: 1 for every valid row.",
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class QueryConfig:
+    """Which rows ask the teacher."""
+
+    fraction: float = option(
+        0.1, "Share of the users, drawn anew each epoch, that ask the teacher.", ge=0, le=1
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """The training loop."""
+
+    epochs: int = option(40, "Passes over the users, warm-up included.", ge=1)
+    warmup_epochs: int = option(
+        35,
+        "First epochs without the teacher, where there is one; then it and the control start.",
+        ge=0,
+    )
+    max_steps: int | None = option(None, "Stop after this many steps; none: no cap.", ge=1)
+    batch_size: int = option(64, "Users per optimizer step, over all processes.", ge=1)
+    learning_rate: float = option(1e-3, "Peak of the cosine schedule (AdamW).", gt=0)
+    loss: Literal["chunked_ce", "ce", "sampled_softmax", "bce", "gbce"] = option(
+        "chunked_ce",
+        "How the next item is learned. ce: softmax over the catalogue; chunked_ce: the same in "
+        "flat memory; sampled_softmax, bce, gbce: against num_negatives drawn items.",
+    )
+    label_smoothing: float = option(
+        0.0, "ce, chunked_ce: share of the target's mass spread over all items.", ge=0, lt=1
+    )
+    num_negatives: int = option(
+        1024, "Sampled losses: negatives a step, shared by all its positions.", ge=1
+    )
+    negatives_power: float = option(
+        0.0, "Sampled losses: negatives are drawn ∝ (training count + 1)^power; 0: evenly.", ge=0
+    )
+    logq_correction: bool = option(
+        True, "sampled_softmax: weigh negatives so that their sum estimates the whole catalogue's."
+    )
+    gbce_calibration: float = option(
+        0.75, "gbce: t between 0 (plain bce) and 1 (fully calibrated).", ge=0, le=1
+    )
+    windows: Literal["last", "random"] = option(
+        "last",
+        "Of histories longer than student.max_length, an epoch trains the last items, or a stretch "
+        "drawn anew each epoch.",
+    )
+    item_updates: Literal["all", "lazy"] = option(
+        "all",
+        "Item embeddings updated in a step. lazy: only those that it looked up, which a sampled "
+        "loss over a catalogue of 100,000 items or more needs to be fast.",
+    )
+    weight_decay: float = option(0.0, "AdamW weight decay.", ge=0)
+    adam_beta2: float = option(0.98, "AdamW's decay of squared gradients.", ge=0, lt=1)
+    lr_warmup_steps: int = option(50, "Steps of linear learning-rate warm-up.", ge=0)
+    final_lr_ratio: float = option(
+        0.1, "Learning rate at the last step, as a share of the peak.", ge=0, le=1
+    )
+    max_grad_norm: float = option(1.0, "Gradient norm is clipped to this.", gt=0)
+    control: bool = option(
+        True, "Fork a twin when the teacher starts and train it on cross-entropy only."
+    )
+    eval_every_epochs: int = option(1, "Epochs between evaluations on validation.", ge=1)
+    checkpoint_every_steps: int = option(100, "Optimizer steps between checkpoints.", ge=1)
+    keep_checkpoints: int = option(2, "Latest checkpoints that are kept.", ge=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    """How models are measured."""
+
+    batch_size: int = option(256, "Users scored at once.", ge=1)
+    bootstrap_samples: int = option(10_000, "Resamples of the paired bootstrap.", ge=100)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """One run, whole."""
+
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    student: StudentConfig = dataclasses.field(default_factory=StudentConfig)
+    teacher: TeacherConfig = dataclasses.field(default_factory=TeacherConfig)
+    distill: DistillConfig = dataclasses.field(default_factory=DistillConfig)
+    query: QueryConfig = dataclasses.field(default_factory=QueryConfig)
+    train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+    eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
+    output_dir: str | None = option(
+        None, "Folder of the run, without another run in it; none: runs/DATA-DATE-TIME."
+    )
+    seed: int = option(0, "Seed of every random choice of the run.", ge=0)
