@@ -94,7 +94,13 @@ def _strict(
         or any(frame[name].null_count() != lines for name in between)
     ):
         return None
-    return frame.select(*fields)
+    # Polars takes a blank for missing but not, say, a lone vertical tab.
+    return frame.select(
+        pl.when(pl.col(name).str.strip_chars() != "").then(pl.col(name)).alias(name)
+        if dtype == pl.String
+        else name
+        for name, dtype in fields.items()
+    )
 
 
 def _one_by_one(
