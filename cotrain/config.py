@@ -131,6 +131,11 @@ def _parser(prog: str | None, default_file: Path | None) -> ArgumentParser:
         metavar="RUN",
         help="Folder of an interrupted run to go on with. Its settings hold; no other option.",
     )
+    parser.add_argument(
+        "--show_prompts",
+        metavar="N",
+        help="Print N prompts of the teacher under these settings and stop; loads no weights.",
+    )
     for leaf in leaves():
         metadata = leaf.field.metadata
         bounds = ", ".join(f"{sign} {bound}" for sign, bound in metadata["bounds"].items())
@@ -283,9 +288,36 @@ def _contradictions(config: Config) -> list[str]:
             f"train.label_smoothing {train.label_smoothing} has no meaning for train.loss "
             f"{train.loss}; set it to 0, or train.loss chunked_ce."
         )
+    problems += _teacher_contradictions(config)
     problems += _split_contradictions(config.data)
     if config.data.items is not None and config.data.interactions is None:
         problems.append("data.items is set without data.interactions; set both, or neither.")
+    return problems
+
+
+def _teacher_contradictions(config: Config) -> list[str]:
+    teacher = config.teacher
+    problems = []
+    if teacher.identifiers == "letters" and teacher.num_shown > 26:
+        problems.append(
+            f"{teacher.num_shown} candidates in one prompt, but teacher.identifiers letters names "
+            "at most 26; set teacher.window to at most 26, or teacher.identifiers numbers."
+        )
+    if teacher.stride is not None and teacher.stride > teacher.num_shown:
+        problems.append(
+            f"teacher.stride {teacher.stride} is wider than the {teacher.num_shown} candidates of "
+            "a window, so some would never be shown; lower it."
+        )
+    if teacher.compute != "auto" and teacher.quantization in ("int8", "bf16"):
+        problems.append(
+            f"teacher.compute {teacher.compute} has no meaning for teacher.quantization "
+            f"{teacher.quantization}; leave it auto, or set teacher.quantization nf4 or fp32."
+        )
+    if config.distill.confidence == "agreement" and teacher.shuffles < 2:
+        problems.append(
+            f"distill.confidence is agreement, but teacher.shuffles {teacher.shuffles} gives one "
+            "ranking a row; set teacher.shuffles to at least 2."
+        )
     return problems
 
 

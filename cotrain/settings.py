@@ -106,32 +106,86 @@ class TeacherConfig:
         "Causal language model: a known asset, a local folder, or a hub name; none: train the "
         "student alone.",
     )
+    adapter: str | None = option(
+        None, "LoRA adapter put onto the teacher: a folder or a hub name; none: the model as it is."
+    )
     quantization: Literal["nf4", "int8", "bf16", "fp32"] = option(
-        "nf4", "Weights: nf4 and int8 by bitsandbytes (on CPU computed in fp32), or unquantised."
+        "nf4", "Weights: nf4 and int8 by bitsandbytes, or unquantised."
     )
-    mode: Literal["direct"] = option(
-        "direct", "direct: one forward pass, verdict read at the answer prefix."
+    compute: Literal["auto", "fp32", "bf16"] = option(
+        "auto",
+        "What nf4 weights are multiplied in. auto: bf16 on a GPU and on a CPU with bf16 matrix "
+        "units (AMX), fp32 on other CPUs.",
     )
-    decision_position: Literal["predict"] = option(
+    mode: Literal["direct", "generate", "cot"] = option(
+        "direct",
+        "direct: one forward pass, verdict read at the answer prefix. generate: the order is "
+        "written out and parsed. cot: a short reasoning is written, then the verdict is read.",
+    )
+    decision_position: Literal["predict", "emit"] = option(
         "predict",
         "Where the decision state is read. predict: the state whose logits choose the first "
-        "identifier.",
+        "identifier. emit: the state at that identifier, one more step.",
     )
-    num_candidates: int = option(20, "Candidates K that are ranked, lettered A, B, …", ge=2, le=26)
+    identifiers: Literal["letters", "numbers"] = option(
+        "letters",
+        "What candidates are called in the prompt, A, B, … or 1, 2, …; numbers that are several "
+        "tokens cost a further step for each first part that several of them share.",
+    )
+    num_candidates: int = option(
+        20, "Candidates K that are ranked; more than 26 need teacher.window.", ge=2, le=200
+    )
+    window: int | None = option(
+        None,
+        "Candidates in one prompt; K more than that are ranked by sliding windows from the back. "
+        "none: all.",
+        ge=2,
+        le=100,
+    )
+    stride: int | None = option(
+        None, "Candidates that a window moves on by; none: half a window.", ge=1
+    )
     history_length: int = option(10, "Most recent titles of the history in the prompt.", ge=1)
+    template: str = option(
+        "default",
+        "Prompt template: default, movies, products, or the path of your own text file.",
+    )
     item_noun: str = option("item", "What the items are called in the prompt, e.g. movie.")
     max_title_tokens: int = option(
         32, "An item's title and categories are cut to this many tokens each.", ge=1
     )
+    reasoning_tokens: int = option(64, "cot: tokens of reasoning at most.", ge=1)
+    shuffles: int = option(
+        1, "Orders in which each row's candidates are shown; the verdicts are averaged.", ge=1
+    )
+    calibration: Literal["batch", "content_free", "none"] = option(
+        "batch",
+        "What the teacher gives each identifier whatever stands behind it is subtracted from its "
+        "logits. batch: measured over rows of the student's candidates; content_free: over prompts "
+        "with N/A for every title, which left most of the bias of a small teacher.",
+    )
     calibration_rows: int = option(
-        64,
-        "Rows ranked when the teacher starts to measure how much it favours each letter, whatever "
-        "stands behind it; that is subtracted from its logits from then on. 0: no calibration.",
-        ge=0,
+        64, "Rows ranked when the teacher starts, to measure that bias before and after.", ge=0
     )
-    batch_tokens: int = option(
-        8192, "Prompt tokens, padding included, in one forward pass of the teacher.", ge=1
+    batch_tokens: int | None = option(
+        None,
+        "Prompt tokens, padding included, in one forward pass; halved when memory runs out. none: "
+        "8192 on a GPU, 2048 on a CPU, where more only leaves the cache.",
+        ge=1,
     )
+    compile: Literal["auto", "on", "off"] = option(
+        "auto",
+        "torch.compile of the decoder's layers, ten to twenty seconds at the start. auto: on a CPU "
+        "with bf16 products and a C++ compiler, where it makes a pass half as fast again.",
+    )
+    memo_rows: int = option(
+        0, "Verdicts kept, by prompt and adapter, to answer equal prompts at once; 0: none.", ge=0
+    )
+
+    @property
+    def num_shown(self) -> int:
+        """W, candidates in one prompt."""
+        return min(self.window or self.num_candidates, self.num_candidates)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,9 +200,13 @@ class DistillConfig:
     teacher_temperature: float = option(
         1.0, "τ_t: the teacher's identifier logits are divided by it.", gt=0
     )
-    confidence: Literal["entropy", "none"] = option(
+    order_temperature: float = option(
+        3.0, "τ_r: where the teacher gives an order without logits, Q ∝ exp(−rank / τ_r).", gt=0
+    )
+    confidence: Literal["entropy", "agreement", "none"] = option(
         "entropy",
-        "Weight of a row's verdict. entropy: 1 − H(Q) / log K; none: 1 for every valid row.",
+        "Weight of a row's verdict. entropy: 1 − H(Q) / log K; agreement: between the rankings of "
+        "teacher.shuffles; none: 1 for every valid row.",
     )
 
 

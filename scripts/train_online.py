@@ -3,6 +3,7 @@
     accelerate launch scripts/train_online.py                          # the quickstart recipe
     accelerate launch scripts/train_online.py --config RECIPE.yaml --teacher.model NAME
     accelerate launch scripts/train_online.py --resume RUN
+    python scripts/train_online.py --show_prompts 3 [options]          # prints prompts and stops
 
 `--help` explains every setting.
 """
@@ -19,10 +20,15 @@ QUICKSTART = Path(__file__).parent / "recipes" / "quickstart.yaml"
 def main(argv: list[str]) -> int:
     """Exit code: 0 done, 130 interrupted with a checkpoint."""
     # Importing the libraries takes seconds; --help and mistakes in the settings do not wait for it.
-    resume = resumed_folder(argv)
+    count, argv = prompts_to_show(argv)
+    resume = None if count else resumed_folder(argv)
     config = None if resume else configuration.parse(argv, QUICKSTART, "train_online.py")
     from cotrain.distill import loop, run
+    from cotrain.distill.show_prompts import show_prompts
 
+    if count and config:
+        show_prompts(config, count)
+        return 0
     try:
         if resume:
             run.run(run.open_interrupted(resume), resume=True)
@@ -34,6 +40,23 @@ def main(argv: list[str]) -> int:
         )
         return 130
     return 0
+
+
+def prompts_to_show(argv: list[str]) -> tuple[int | None, list[str]]:
+    """The N of `--show_prompts N`, or None without it; and the other arguments."""
+    others = list(argv)
+    for place, word in enumerate(argv):
+        name, equals, value = word.partition("=")
+        if name == "--show_prompts":
+            end = place + 1 if equals else place + 2
+            value = value if equals else " ".join(argv[place + 1 : end])
+            if not value.isdecimal() or int(value) < 1:
+                raise ConfigError(
+                    f"--show_prompts is {value!r}; expected how many prompts to print, 1 or more."
+                )
+            del others[place:end]
+            return int(value), others
+    return None, others
 
 
 def resumed_folder(argv: list[str]) -> Path | None:

@@ -38,7 +38,11 @@ BELOW = {
 PURE = [
     "distill/losses.py",
     "evaluation/metrics.py",
+    "teacher/parsing.py",
+    "teacher/chat.py",
+    "teacher/identifiers.py",
     "teacher/prompts.py",
+    "teacher/verdict.py",
 ]
 
 

@@ -43,6 +43,7 @@ from cotrain.student.losses import TrainingLoss
 from cotrain.student.optimizer import clip_grad_norm
 from cotrain.student.retrieval import Candidates, retrieve
 from cotrain.student.sasrec import SASRec, StudentOutput
+from cotrain.teacher.verdict import entropy
 
 SELECTION_METRIC = "ndcg@10"
 
@@ -95,7 +96,7 @@ def cotrain_step(
 
     sums = [output.loss_sum, output.n_targets]
     sums += [terms.rank_sum, terms.emb_sum, terms.entropy_sum, terms.n_valid]
-    ce, n_targets, rank, emb, entropy, n_valid = _total(torch.stack(sums), accelerator).tolist()
+    ce, n_targets, rank, emb, nats, n_valid = _total(torch.stack(sums), accelerator).tolist()
     n_targets, n_rows = max(n_targets, 1), max(n_valid, 1)
     weights = config.distill
     report = {"loss_ce": ce / n_targets}
@@ -103,7 +104,7 @@ def cotrain_step(
         report["teacher_rows"] = n_valid
     if n_valid:
         report |= {"loss_rank": rank / n_rows, "loss_emb": emb / n_rows}
-        report["teacher_entropy"] = entropy / n_rows
+        report["teacher_entropy"] = nats / n_rows
     report["loss"] = (
         report["loss_ce"]
         + weights.lambda_rank * report.get("loss_rank", 0.0)
@@ -168,10 +169,7 @@ def distillation_terms(
     student = accelerator.unwrap_model(state.student.model)
     candidates = propose(student, output, on_device, teacher.num_candidates)
     verdict, asked = teacher.ask(batch, candidates, state.epoch)
-    probs = losses.teacher_distribution(
-        verdict.identifier_logits, config.distill.teacher_temperature
-    )
-    state.meter.observe(batch, candidates, verdict, asked, probs)
+    state.meter.observe(batch, candidates, verdict, asked)
 
     weight = verdict_weight(verdict, config.distill.confidence).to(device)
     decision_state, valid = verdict.decision_state.to(device), verdict.valid.to(device)
@@ -186,10 +184,10 @@ def distillation_terms(
     projected = state.projector(decision_state)
     return Terms(
         rank_sum=losses.listnet_sum(
-            scores, probs.to(device), weight, config.distill.student_temperature
+            scores, verdict.probs.to(device), weight, config.distill.student_temperature
         ),
         emb_sum=losses.alignment_sum(projected, output.user_state, weight),
-        entropy_sum=(losses.entropy(probs).to(device) * valid).sum(),
+        entropy_sum=(entropy(verdict.probs).to(device) * valid).sum(),
         n_valid=valid.sum(),
     )
 
@@ -329,8 +327,8 @@ def start_teaching(
         student.train()
         candidates = propose(student, output, on_device, teacher.num_candidates)
         shown = "calibrating the teacher" if run.accelerator.is_main_process else None
-        teacher.calibrate(rows, candidates, shown)
-        state.letter_bias = teacher.ranker.letter_bias
+        state.meter.observe_calibration(teacher.calibrate(rows, candidates, shown))
+        state.identifier_bias = teacher.ranker.identifier_bias
 
 
 def validate(state: CotrainState, run: Run) -> None:

@@ -5,16 +5,6 @@ import torch
 from torch import Tensor
 
 
-def teacher_distribution(identifier_logits: Tensor, temperature: float) -> Tensor:
-    """Q: (B, K) probabilities of the candidates, softmax of (B, K) logits / τ_t."""
-    return torch.softmax(identifier_logits / temperature, dim=1)
-
-
-def entropy(probs: Tensor) -> Tensor:
-    """(B,) entropy in nats of (B, K) probabilities."""
-    return -torch.xlogy(probs, probs).sum(1)
-
-
 def listnet_sum(
     student_scores: Tensor, teacher_probs: Tensor, weight: Tensor, temperature: float = 1.0
 ) -> Tensor:

@@ -86,18 +86,23 @@ def _teacher(state: CotrainState, run: Run, meter: TeacherMeter) -> dict[str, An
     """Who taught and what came of it; None where the student learned alone."""
     if run.teacher is None:
         return None
-    backbone, settings = run.teacher.ranker.backbone, run.config.teacher
-    # Fewer than asked for where users are few, none where the run ended before the teacher came.
-    calibrated = min(settings.calibration_rows, len(run.data.trained_users))
+    ranker, settings = run.teacher.ranker, run.config.teacher
+    of_settings = (
+        "adapter", "mode", "decision_position", "identifiers", "template", "num_candidates",
+        "window", "stride", "shuffles", "calibration",
+    )  # fmt: skip
     return {
-        "model": backbone.name,
-        "quantization": backbone.quantization,
-        "mode": settings.mode,
-        "decision_position": settings.decision_position,
-        "parameters": backbone.num_parameters,
-        "calibration_rows": calibrated if state.letter_bias.any() else 0,
-        "letter_bias": state.letter_bias.tolist(),
+        "model": ranker.backbone.name,
+        "quantization": ranker.backbone.quantization,
+        "parameters": ranker.backbone.num_parameters,
+        **{name: getattr(settings, name) for name in of_settings},
+        "identifier_bias": state.identifier_bias.tolist(),
         **meter.as_report(),
+        "backoffs": [
+            {"process": process, **backoff}
+            for process, backoffs in enumerate(tracking.gather(ranker.backoffs))
+            for backoff in backoffs
+        ],
     }
 
 
@@ -163,12 +168,27 @@ def _teacher_warnings(report: dict[str, Any]) -> list[str]:
         failed = teacher["rows_asked"] - teacher["rows_valid"]
         warnings.append(
             f"{failed} of {teacher['rows_asked']} asked rows got no valid verdict: "
-            f"{teacher['failures']}."
+            f"{_causes(teacher['failures'])}."
+        )
+    if 2 * teacher["rows_full"] < teacher["rows_valid"]:
+        warnings.append(
+            f"Only {teacher['rows_full']} of {teacher['rows_valid']} valid answers rank all "
+            f"candidates ({_causes(teacher['partial'])}). What an answer names counts; the rest is "
+            "tied behind it."
+        )
+    if teacher["backoffs"]:
+        most = max(backoff["from_tokens"] for backoff in teacher["backoffs"])
+        least = min(backoff["to_tokens"] for backoff in teacher["backoffs"])
+        count = len(teacher["backoffs"])
+        warnings.append(
+            f"Memory for the teacher ran out {'once' if count == 1 else f'{count} times'}: its "
+            f"prompt tokens in one forward pass were lowered from {most:,} to {least:,} and the "
+            f"rows ranked again. --teacher.batch_tokens {least} saves that."
         )
     if teacher["rows_valid"] and teacher["confidence"] < 0.05:
         warnings.append(
             f"The teacher hardly distinguishes the candidates: the entropy of its answers is "
-            f"{teacher['identifier_entropy']:.2f} of at most {teacher['entropy_uniform']:.2f} nats."
+            f"{teacher['entropy']:.2f} of at most {teacher['entropy_uniform']:.2f} nats."
         )
     placing = teacher["target_placing"]
     if placing["rows"] and placing["teacher"] < placing["student"]:
@@ -185,6 +205,10 @@ def _teacher_warnings(report: dict[str, Any]) -> list[str]:
             f"{report['effective_rank']['student_state']:.1f}. Lower distill.lambda_emb."
         )
     return warnings
+
+
+def _causes(counts: dict[str, int]) -> str:
+    return ", ".join(f"{cause} {count:,}" for cause, count in counts.items())
 
 
 def _warnings(report: dict[str, Any]) -> list[str]:

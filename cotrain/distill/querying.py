@@ -8,7 +8,8 @@ from torch import Tensor
 
 from cotrain.data.batches import SequenceBatch
 from cotrain.student.retrieval import Candidates
-from cotrain.teacher.ranker import RankLLM, TeacherVerdict
+from cotrain.teacher.ranker import RankLLM
+from cotrain.teacher.verdict import TeacherVerdict
 
 
 class RandomQuery:
@@ -54,10 +55,11 @@ class Teacher:
 
     def calibrate(
         self, rows: SequenceBatch, candidates: Candidates, progress: str | None = None
-    ) -> None:
-        """Measure the teacher's letter bias on rows of its student, on the CPU, and remove it."""
+    ) -> TeacherVerdict:
+        """Measure what each identifier gets whatever stands behind it, on rows of the student on
+        the CPU, and remove it; returns the verdict on these rows before."""
         complete = candidates.complete.nonzero().flatten()
-        self.ranker.calibrate(
+        return self.ranker.calibrate(
             [rows.history[row][rows.history[row] != 0].tolist() for row in complete],
             candidates.item_ids[complete].tolist(),
             [(self.seed, 4, int(row)) for row in complete],
@@ -85,6 +87,13 @@ class Teacher:
 
 
 def verdict_weight(verdict: TeacherVerdict, confidence: str) -> Tensor:
-    """(B,) float32 weight of each row's distillation terms, 0 where the verdict is not valid."""
+    """(B,) float32 weight of each row's distillation terms, 0 where the verdict is not valid.
+
+    Args:
+        verdict: On B rows.
+        confidence: As `distill.confidence`: by `entropy`, by `agreement` of several shuffles, or
+            `none`, the same for every valid row.
+    """
     valid = verdict.valid.float()
-    return valid * verdict.confidence if confidence == "entropy" else valid
+    weights = {"entropy": verdict.confidence, "agreement": verdict.agreement}
+    return valid * weights[confidence] if confidence in weights else valid

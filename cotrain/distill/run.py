@@ -25,8 +25,10 @@ from cotrain.runtime import checkpoint, tracking
 from cotrain.runtime.seeding import seed_everything
 from cotrain.student.losses import make_loss
 from cotrain.teacher.backbone import load_backbone
-from cotrain.teacher.prompts import PromptBuilder
+from cotrain.teacher.compiled import compile_layers, compiling_pays
+from cotrain.teacher.prompts import make_prompts
 from cotrain.teacher.ranker import RankLLM
+from cotrain.teacher.tokenizer import load_tokenizer
 
 
 def open_folder(config: Config) -> Config:
@@ -137,7 +139,7 @@ def prepare(config: Config, resume: bool = False) -> tuple[CotrainState, Run]:
     if resume:
         log_bytes = restore_checkpoint(state, folder, config, accelerator)
         if teacher is not None:
-            teacher.ranker.letter_bias = state.letter_bias
+            teacher.ranker.identifier_bias = state.identifier_bias
         say(f"Resuming {folder} at step {state.step}")
     elif accelerator.is_main_process:
         make_folder(folder, config, accelerator)
@@ -200,45 +202,59 @@ def encode_items(
     return kept(texts, name, lambda: ranker.embed_items(shown))
 
 
+_REMEDIES = {
+    "non_finite": "Try --teacher.quantization bf16 or fp32, or another model.",
+    "out_of_memory": "Take a smaller model or quantization, or fewer candidates or titles.",
+} | dict.fromkeys(
+    ("empty", "no_identifier", "unknown_identifier"),
+    "It does not write rankings: try --teacher.mode direct, or a model tuned on instructions.",
+)
+
+
 def make_teacher(config: Config, data: InteractionData, device: torch.device, say: Any) -> Teacher:
     """Load the language model that the settings name, try it on real prompts.
 
     Raises:
-        AssetError, TeacherError, ConfigError: It cannot be loaded, its identifiers are not single
-            tokens, its context is too short, or it answers nothing finite.
+        AssetError, TeacherError, ConfigError: It cannot be loaded, its identifiers cannot be
+            scored, its context is too short, or no row gets a verdict.
     """
     settings = config.teacher
     assert settings.model is not None
     say(f"Teacher: {settings.model}, {settings.quantization}, loading …")
-    backbone = load_backbone(settings.model, settings.quantization, device)
-    prompts = PromptBuilder(
-        backbone.tokenizer,
-        data.catalog.titles,
-        data.catalog.categories,
-        num_candidates=settings.num_candidates,
-        item_noun=settings.item_noun,
-        history_length=settings.history_length,
-        max_title_tokens=settings.max_title_tokens,
-        max_context_tokens=backbone.max_context_tokens,
+    # Prompts first: what cannot be asked is found out before the weights are read.
+    tokenizer, max_context_tokens = load_tokenizer(settings.model)
+    prompts = make_prompts(
+        settings, tokenizer, data.catalog.titles, data.catalog.categories, max_context_tokens
     )
-    ranker = RankLLM(backbone, prompts, settings.batch_tokens, config.distill.teacher_temperature)
+    backbone = load_backbone(
+        settings.model, settings.quantization, device, settings.compute, settings.adapter
+    )
+    compiled = settings.compile == "on" or (settings.compile == "auto" and compiling_pays(backbone))
+    if compiled:
+        compile_layers(backbone)
+    ranker = RankLLM(
+        backbone, prompts, settings,
+        config.distill.teacher_temperature, config.distill.order_temperature,
+    )  # fmt: skip
     users = data.trained_users[:8].tolist()
-    any_items = list(range(1, settings.num_candidates + 1))
-    probe = ranker.rank(
-        [data.train_history(user).tolist() for user in users],
-        [any_items for _ in users],
-        [(config.seed, user) for user in users],
-    )
-    if not probe.valid.all():
+    histories = [data.train_history(user).tolist() for user in users]
+    any_items = [list(range(1, settings.num_candidates + 1))] * len(users)
+    seeds = [(config.seed, user) for user in users]
+    if compiled:
+        say("Teacher: compiling its layers …")
+        ranker.rank(histories[:2], any_items[:2], seeds[:2])
+    probe = ranker.rank(histories, any_items, seeds)
+    if not probe.valid.any():
         raise TeacherError(
-            f"The teacher {settings.model!r} with quantization {settings.quantization} answers "
-            f"numbers that are not finite ({dict(probe.failures)} of {len(probe.valid)} rows). "
-            "Try --teacher.quantization bf16 or fp32, or another model."
+            f"The teacher {settings.model!r}, quantization {settings.quantization}, mode "
+            f"{settings.mode}, gives no verdict on any of {len(probe.valid)} rows: "
+            f"{dict(probe.failures)}. {_REMEDIES[probe.failures.most_common(1)[0][0]]}"
         )
     rate = len(users) / probe.seconds
     say(
-        f"Teacher: {backbone.num_parameters / 1e6:,.0f} M parameters on {device}, "
-        f"{rate:.2f} rows/s, about {probe.prompt_tokens // len(users)} tokens a row"
+        f"Teacher: {backbone.num_parameters / 1e6:,.0f} M parameters on {device}, products in "
+        f"{backbone.compute}, {rate:.2f} rows/s, about {probe.prompt_tokens // len(users)} tokens "
+        "a row"
     )
     query = RandomQuery(data.trained_users, config.query.fraction, config.seed)
     return Teacher(ranker, query, settings.num_candidates, config.seed, rate)

@@ -55,7 +55,7 @@ class CotrainState:
         step: Optimizer steps completed.
         seconds: Time spent in earlier parts of an interrupted run.
         start_effective_rank: Of the student's states when the teacher started; 0 before.
-        letter_bias: (K,) the teacher's calibration; zeros before it started.
+        identifier_bias: (W,) the teacher's calibration; zeros before it started.
     """
 
     student: Learner
@@ -67,7 +67,7 @@ class CotrainState:
     step: int = 0
     seconds: float = 0.0
     start_effective_rank: float = 0.0
-    letter_bias: Tensor = field(default_factory=lambda: torch.zeros(0))
+    identifier_bias: Tensor = field(default_factory=lambda: torch.zeros(0))
 
     @property
     def learners(self) -> list[Learner]:
@@ -113,7 +113,7 @@ def new_state(
         projector=projector,
         control=None,
         meter=TeacherMeter(config.teacher.num_candidates),
-        letter_bias=torch.zeros(config.teacher.num_candidates),
+        identifier_bias=torch.zeros(config.teacher.num_shown),
     )
 
 
@@ -157,7 +157,7 @@ def fork_control(state: CotrainState, config: Config, accelerator: Accelerator) 
 
 
 _POSITION = (
-    "epoch", "step_in_epoch", "step", "seconds", "start_effective_rank", "letter_bias",
+    "epoch", "step_in_epoch", "step", "seconds", "start_effective_rank", "identifier_bias",
 )  # fmt: skip
 
 

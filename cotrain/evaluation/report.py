@@ -8,14 +8,15 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, is_dataclass
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from cotrain.evaluation.charts import PALETTE, draw_charts, identifier
+from cotrain.evaluation.charts import draw_charts
+from cotrain.evaluation.drawing import PALETTE
 from cotrain.evaluation.formats import NONE, duration, number, p_text, percent, signed
+from cotrain.evaluation.teacher_view import answer_rows, example_view, teacher_rows
 
 PRIMARY_METRIC = "ndcg@10"
 _CONSOLE_METRICS = ("recall@10", "ndcg@10", "mrr")
@@ -198,13 +199,14 @@ def render_html(report: dict[str, Any], curves: list[dict]) -> str:
         metrics=_metric_names(report),
         recommended_rows=_recommended_rows(report),
         slice_views=_slice_views(report.get("slices") or []),
-        teacher_rows=_teacher_rows(report),
+        teacher_rows=teacher_rows(report),
+        answer_rows=answer_rows(report.get("teacher") or {}),
         rank_rows=_rank_rows(report.get("effective_rank") or {}),
         charts={
             group: [chart for chart in charts if chart.group == group]
             for group in ("learning", "teacher", "rank")
         },
-        examples=[_example_view(example) for example in report.get("examples") or []],
+        examples=[example_view(example) for example in report.get("examples") or []],
         config=flattened(report.get("config") or {}),
         environment=flattened(report.get("environment") or {}),
         palette=PALETTE,
@@ -257,69 +259,6 @@ def _slice_views(slices: list[dict[str, Any]]) -> list[tuple[str, list[dict[str,
     return list(views.items())
 
 
-def _teacher_rows(report: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """(label, value, how to read it) for everything that is known about the teacher."""
-    teacher = report.get("teacher")
-    if not teacher:
-        return []
-    get = teacher.get
-    asked, valid = get("rows_asked"), get("rows_valid")
-    valid_text = number(valid)
-    if asked and valid is not None:
-        valid_text += f" ({percent(valid / asked)})"
-    rows = [
-        ("Model", str(get("model", NONE)), ""),
-        ("Parameters", number(get("parameters")), ""),
-        ("Quantisation", str(get("quantization", NONE)), ""),
-        ("Mode", str(get("mode", NONE)), "how the verdict is read"),
-        ("Decision state", str(get("decision_position", NONE)), "position it is taken from"),
-        ("Rows asked", number(asked), ""),
-        ("Rows valid", valid_text, "only these teach the student"),
-    ]
-    failures = get("failures") or {}
-    rows += [(f"Failed: {cause}", number(count), "") for cause, count in failures.items()]
-    seconds, total = get("seconds"), report.get("seconds")
-    share = f"{percent(seconds / total)} of the run" if seconds is not None and total else ""
-    rows += [
-        ("Teacher time", duration(seconds), share),
-        ("Rows per second", number(get("rows_per_s"), 2), ""),
-        ("Prompt tokens per second", number(get("prompt_tokens_per_s"), 0), ""),
-        ("Prompt tokens", number(get("prompt_tokens")), ""),
-    ]
-    entropy, uniform = get("identifier_entropy"), get("entropy_uniform")
-    if entropy is not None:
-        hint = f"{percent(entropy / uniform)} of uniform guessing" if uniform else ""
-        rows.append(("Mean entropy", f"{number(entropy, 2)} nats", hint))
-    if get("calibration_rows") and get("letter_bias"):
-        spread = max(get("letter_bias")) - min(get("letter_bias"))
-        hint = f"between its dearest and its least loved letter, on {get('calibration_rows')} rows"
-        rows.append(("Letter bias removed", f"{number(spread, 1)} nats", hint))
-    placing = get("target_placing") or {}
-    if placing.get("rows"):
-        rows.append(
-            (
-                "Mean reciprocal rank of the true item",
-                number(placing["teacher"], 3),
-                f"student's own order {number(placing['student'], 3)}, any order "
-                f"{number(placing['random'], 3)}; on {number(placing['rows'])} rows that hold it",
-            )
-        )
-    rows += [
-        ("Mean confidence", number(get("confidence"), 3), "0 guesses, 1 is certain"),
-        (
-            "True next item among candidates",
-            percent(get("target_in_candidates")),
-            "of asked rows; elsewhere no ranking can put it first",
-        ),
-        (
-            "Agreement with the student",
-            number(get("agreement"), 3),
-            "mean Spearman; 1 repeats the student's order, 0 is unrelated to it",
-        ),
-    ]
-    return [row for row in rows if row[1] != NONE]
-
-
 def _rank_rows(ranks: dict[str, Any]) -> list[tuple[str, str]]:
     labels = {
         "student_state_start": "Student's user state, where the teacher starts",
@@ -332,30 +271,6 @@ def _rank_rows(ranks: dict[str, Any]) -> list[tuple[str, str]]:
         for key, label in labels.items()
         if ranks.get(key) is not None
     ]
-
-
-def _example_view(example: dict[str, Any]) -> dict[str, Any]:
-    """One example with its three orders side by side, row by row."""
-    shown = example.get("shown") or []
-    valid = example.get("valid", True)
-    teacher = (example.get("teacher_ranking") or []) if valid else []
-    probs = (example.get("teacher_probs") or []) if valid else []
-    letters = [identifier(position) for position in range(len(shown))]
-    target = example.get("target")
-    return {
-        "user": example.get("user"),
-        "history": example.get("history") or [],
-        "rows": list(
-            zip_longest(letters, shown, teacher, probs, example.get("student_ranking") or [])
-        ),
-        "target": target,
-        "target_shown": target in shown,
-        "teacher_place": teacher.index(target) + 1 if target in teacher else None,
-        "valid": valid,
-        "has_probs": bool(probs),
-        "top_prob": max((prob for prob in probs if prob is not None), default=0) or 1,
-        "prompt": example.get("prompt"),
-    }
 
 
 def flattened(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:

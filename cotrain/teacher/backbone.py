@@ -1,22 +1,25 @@
-"""A frozen causal language model: loading, last hidden state, and logits of a few tokens only."""
+"""A frozen causal language model: loading, adapters, and logits of a few tokens only."""
 
 import contextlib
+import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 import transformers
-from bitsandbytes.nn.modules import Linear4bit
+from peft import PeftConfig
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from cotrain.assets import resolve_model
 from cotrain.errors import TeacherError, some_of
+from cotrain.teacher import cpu
 
 
-@dataclass(frozen=True)
+@dataclass
 class Backbone:
     """The language model as the ranker uses it; nothing in it ever requires a gradient.
 
@@ -25,17 +28,30 @@ class Backbone:
         tokenizer: Its tokenizer.
         name: As the user named it.
         quantization: nf4, int8, bf16 or fp32.
+        compute: What products are computed in, bf16 or fp32.
+        compiled: Whether its layers are compiled.
+        adapters: Version of each adapter by name; a version is a hash of what the adapter holds.
+        adapter: The one in use; None: the model as it is.
     """
 
     model: transformers.PreTrainedModel
     tokenizer: transformers.PreTrainedTokenizerBase
     name: str
     quantization: str
+    compute: str = "fp32"
+    compiled: bool = False
+    adapters: dict[str, str] = field(default_factory=dict)
+    adapter: str | None = None
 
     @property
     def device(self) -> torch.device:
         """Where prompts must be."""
         return self.model.device
+
+    @property
+    def decoder(self) -> nn.Module:
+        """The model without its output head."""
+        return self.model.get_decoder()
 
     @property
     def hidden_size(self) -> int:
@@ -53,36 +69,70 @@ class Backbone:
         """Weights, counting a packed 4-bit weight as one."""
         return self.model.num_parameters()
 
-    @torch.no_grad()
-    def decision_states(self, prompts: list[list[int]]) -> Tensor:
-        """Last hidden state, after the final norm, at the last token of each prompt.
+    @property
+    def stop_ids(self) -> set[int]:
+        """Tokens that end an answer."""
+        of_model = getattr(self.model.generation_config, "eos_token_id", None)
+        listed = of_model if isinstance(of_model, list) else [of_model]
+        return {token for token in [*listed, self.tokenizer.eos_token_id] if token is not None}
 
-        Prompts are padded on the right: under causal attention nothing after a token can reach it,
-        so no attention mask is needed and the fast causal kernel serves. No cache is kept, and
-        neither the states of other layers nor logits over the vocabulary are computed.
+    @property
+    def adapter_version(self) -> str:
+        """Tells verdicts of different weights apart."""
+        return "base" if self.adapter is None else self.adapters[self.adapter]
 
-        Returns:
-            (B, H) in the model's compute dtype.
+    def load_adapter(self, source: str, name: str = "default") -> None:
+        """Put a LoRA adapter onto the quantised weights, and use it.
+
+        Args:
+            source: Folder written by peft's `save_pretrained`, or a hub name.
+            name: To switch by; an adapter of that name is replaced.
+
+        Raises:
+            TeacherError: There is no adapter, or it does not fit this model.
         """
-        hidden = self._states(prompts)  # (B, T, H)
-        last = torch.tensor([len(prompt) - 1 for prompt in prompts], device=self.device)
-        return hidden[torch.arange(len(prompts), device=self.device), last]
+        try:
+            with _quiet_loading():
+                PeftConfig.from_pretrained(source)
+                if name in self.adapters:
+                    self.model.delete_adapter(name)
+                loaded = self.model.load_adapter(source, adapter_name=name)
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            raise TeacherError(
+                f"The adapter {source!r} cannot be put onto {self.name!r}: {error}\nExpected a "
+                "folder that peft's save_pretrained wrote, or a hub name, of a LoRA adapter "
+                "trained on this model."
+            ) from error
+        unplaced = [*loaded.missing_keys, *loaded.unexpected_keys, *loaded.mismatched_keys]
+        if unplaced:
+            raise TeacherError(
+                f"The adapter {source!r} does not fit {self.name!r}: no place of its shape for "
+                f"{some_of(sorted(map(str, unplaced)))}. Expected an adapter trained on this model."
+            )
+        self.model.requires_grad_(False).eval()
+        digest = hashlib.sha256()
+        for key, value in sorted(self.model.get_adapter_state_dict(name).items()):
+            digest.update(key.encode())
+            digest.update(value.detach().float().cpu().numpy().tobytes())
+        self.adapters[name] = digest.hexdigest()[:16]
+        self.use_adapter(name)
 
-    @torch.no_grad()
-    def mean_states(self, texts: list[list[int]]) -> Tensor:
-        """Mean of each text's states after the final norm, (B, H) float32; a text embedding."""
-        hidden = self._states(texts).float()
-        lengths = torch.tensor([len(text) for text in texts], device=self.device)[:, None]
-        real = torch.arange(hidden.shape[1], device=self.device) < lengths  # (B, T)
-        return torch.einsum("bth,bt->bh", hidden, real.float()) / lengths
+    def use_adapter(self, name: str | None) -> None:
+        """Switch to a loaded adapter, or to none.
 
-    def _states(self, prompts: list[list[int]]) -> Tensor:
-        """(B, T, H) of right-padded token ids; meaningless at padding."""
-        ids = torch.zeros(len(prompts), max(map(len, prompts)), dtype=torch.int64)
-        for row, prompt in zip(ids, prompts, strict=True):
-            row[: len(prompt)] = torch.tensor(prompt)
-        decoder = self.model.get_decoder()
-        return decoder(input_ids=ids.to(self.device), use_cache=False).last_hidden_state
+        Raises:
+            TeacherError: No adapter of that name was loaded.
+        """
+        if name is not None and name not in self.adapters:
+            raise TeacherError(
+                f"No adapter {name!r} was loaded, but {some_of(sorted(self.adapters)) or 'none'}."
+            )
+        if name is not None:
+            self.model.enable_adapters()
+            self.model.set_adapter(name)
+        elif self.adapters:
+            self.model.disable_adapters()
+        self.adapter = name
 
     @torch.no_grad()
     def token_logits(self, states: Tensor, token_ids: Tensor) -> Tensor:
@@ -95,34 +145,62 @@ class Backbone:
         Returns:
             (B, K) float32, equal to those columns of the model's own logits.
         """
+        head = self._head()
+        bias = None if head.bias is None else head.bias[token_ids]
+        return self._scaled(F.linear(states.to(head.weight.dtype), head.weight[token_ids], bias))
+
+    @torch.no_grad()
+    def logits(self, states: Tensor) -> Tensor:
+        """(B, vocabulary) float32 output logits of (B, H) states."""
+        head = self._head()
+        return self._scaled(head(states.to(head.weight.dtype)))
+
+    def _head(self) -> nn.Linear:
         head = self.model.get_output_embeddings()
         assert isinstance(head, nn.Linear)  # checked when it was loaded
-        bias = None if head.bias is None else head.bias[token_ids]
-        logits = F.linear(states.to(head.weight.dtype), head.weight[token_ids], bias).float()
+        return head
+
+    def _scaled(self, logits: Tensor) -> Tensor:
+        """What some families do to logits before the softmax: Cohere, Granite, Gemma 2."""
         config = self.model.config.get_text_config()
-        # What some families do to logits before the softmax: Cohere, Granite, Gemma 2.
-        logits = logits * (getattr(config, "logit_scale", None) or 1.0)
+        logits = logits.float() * (getattr(config, "logit_scale", None) or 1.0)
         logits = logits / (getattr(config, "logits_scaling", None) or 1.0)
         cap = getattr(config, "final_logit_softcapping", None)
         return torch.tanh(logits / cap) * cap if cap else logits
 
 
-def load_backbone(name: str, quantization: str, device: torch.device) -> Backbone:
+def load_backbone(
+    name: str,
+    quantization: str,
+    device: torch.device,
+    compute: Literal["auto", "fp32", "bf16"] = "auto",
+    adapter: str | None = None,
+) -> Backbone:
     """Load a causal LM for inference only.
+
+    Weights are read, and quantised, one by one; there are never two copies of the model.
 
     Args:
         name: Known asset, local folder or hub name.
-        quantization: nf4, int8 (both bitsandbytes), bf16 or fp32. Quantised weights are computed
-            with in bf16 on a GPU and in fp32 on a CPU, where bf16 units are rare.
+        quantization: nf4, int8 (both bitsandbytes), bf16 or fp32.
         device: Where the weights go, whole.
+        compute: What products are computed in. auto: bf16 but for fp32 weights, for int8 on a CPU,
+            and for nf4 on a CPU without bf16 matrix units.
+        adapter: Folder or hub name of a LoRA adapter.
 
     Raises:
         AssetError: A folder without weights, or an asset that cannot be fetched.
-        TeacherError: The name leads to no causal language model.
+        TeacherError: The name leads to no causal language model, or not to one whose logits can be
+            computed for a few tokens alone; the adapter does not fit.
     """
     source = resolve_model(name)
-    compute_dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}.get(quantization, compute_dtype)
+    on_cpu = device.type == "cpu"
+    if compute == "auto":
+        narrow = {"fp32": False, "bf16": True, "int8": not on_cpu}
+        narrow["nf4"] = not on_cpu or cpu.has_bf16_units()
+        compute = "bf16" if narrow[quantization] else "fp32"
+    # On a CPU only products are narrowed, below.
+    dtype = torch.float32 if on_cpu or compute == "fp32" else torch.bfloat16
     try:
         with _quiet_loading():
             # Checked on its own, because loading weights may take minutes and this does not.
@@ -131,7 +209,7 @@ def load_backbone(name: str, quantization: str, device: torch.device) -> Backbon
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 source,
                 dtype=dtype,
-                quantization_config=_quantization_config(quantization, compute_dtype),
+                quantization_config=_quantization_config(quantization, dtype),
                 device_map={"": device},
                 output_loading_info=True,
             )
@@ -150,8 +228,37 @@ def load_backbone(name: str, quantization: str, device: torch.device) -> Backbon
     if not isinstance(model.get_output_embeddings(), nn.Linear):
         raise TeacherError(f"teacher.model {name!r} has no output head to read identifiers from.")
     model.requires_grad_(False).eval()
-    _compute_in_fp32_on_cpu(model)
-    return Backbone(model, tokenizer, name, quantization)
+    if on_cpu and compute == "bf16":
+        cpu.compute_in_bf16(model)
+    elif on_cpu:
+        cpu.use_packed_4bit_in_fp32(model)
+    backbone = Backbone(model, tokenizer, name, quantization, compute)
+    _check_logits(backbone)
+    if adapter is not None:
+        backbone.load_adapter(resolve_model(adapter) if Path(adapter).exists() else adapter)
+    return backbone
+
+
+@torch.no_grad()
+def _check_logits(backbone: Backbone) -> None:
+    """Some models do to their logits what no other does; such a one is refused and not misread.
+
+    Raises:
+        TeacherError: Logits of the last state are not the model's own.
+    """
+    vocabulary = backbone.model.config.get_text_config().vocab_size
+    ids = torch.arange(1, 9, device=backbone.device)[None] % vocabulary
+    own = backbone.model(input_ids=ids, use_cache=False).logits[:, -1].float()
+    state = backbone.decoder(input_ids=ids, use_cache=False).last_hidden_state[:, -1]
+    ours = backbone.token_logits(state, torch.arange(own.shape[1], device=backbone.device))
+    gap = (ours - own).norm() / own.norm()
+    # int8 and bf16 round otherwise for other shapes of the same product.
+    if not gap < 0.05:
+        raise TeacherError(
+            f"teacher.model {backbone.name!r}: its logits are not its output head times its last "
+            f"hidden state (relative gap {gap:.2g}), so a few of them cannot be computed alone. "
+            "Choose another teacher.model."
+        )
 
 
 def _quantization_config(
@@ -167,15 +274,6 @@ def _quantization_config(
     if quantization == "int8":
         return BitsAndBytesConfig(load_in_8bit=True)
     return None
-
-
-def _compute_in_fp32_on_cpu(model: nn.Module) -> None:
-    """Where a CPU has bf16 instructions, bitsandbytes would repack 4-bit weights for a kernel that
-    computes in bf16. It ignores the compute dtype and is half as fast on whole prompts as unpacking
-    the weights and multiplying in fp32 (530 against 1,000 tokens/s for 135 M parameters)."""
-    for module in model.modules():
-        if isinstance(module, Linear4bit):
-            module.support_avx512bf16_for_cpu = False
 
 
 @contextlib.contextmanager

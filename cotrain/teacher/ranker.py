@@ -1,192 +1,130 @@
-"""RankLLM: the verdict of a language model on the student's candidates, in one forward pass."""
+"""RankLLM: the verdict of a language model on the student's candidates.
 
+Candidates are shown in a seeded random order, undone afterwards. More of them than a window are
+ranked by windows that slide from the back; several shuffles are averaged.
+"""
+
+import dataclasses
 import time
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from cotrain.config import TeacherConfig
 from cotrain.teacher.backbone import Backbone
+from cotrain.teacher.memory import TokenBudget
+from cotrain.teacher.passes import Passes
 from cotrain.teacher.prompts import PromptBuilder
+from cotrain.teacher.reading import Look, Reader
+from cotrain.teacher.verdict import (
+    TeacherVerdict,
+    agreement_of,
+    confidence_of,
+    probs_of_logits,
+    probs_of_ranks,
+    ranks_of,
+)
 
-
-@dataclass(frozen=True)
-class TeacherVerdict:
-    """What the teacher says of B rows.
-
-    Attributes:
-        identifier_logits: (B, K) float32, in the order of the candidates (not as shown), less the
-            calibration.
-        ranking: (B, K) int64 positions in the candidates, best first.
-        decision_state: (B, H) float32, the state whose logits choose the first identifier.
-        valid: (B,) bool; an invalid row's other values are zeros and mean nothing.
-        confidence: (B,) float32 in [0, 1], 1 − entropy of the softmax of the logits / log K.
-        shown_order: (B, K) int64, the candidate position behind each letter.
-        failures: Invalid rows by cause.
-        prompt_tokens: Tokens of all prompts, without padding.
-        seconds: Wall-clock time of prompts and forward passes.
-    """
-
-    identifier_logits: Tensor
-    ranking: Tensor
-    decision_state: Tensor
-    valid: Tensor
-    confidence: Tensor
-    shown_order: Tensor
-    failures: Counter
-    prompt_tokens: int
-    seconds: float
-
-    def spread(self, rows: Tensor, size: int) -> "TeacherVerdict":
-        """The same verdict in a batch of `size`, of which only `rows` were asked."""
-
-        def scatter(values: Tensor) -> Tensor:
-            full = values.new_zeros(size, *values.shape[1:])
-            full[rows] = values
-            return full
-
-        return TeacherVerdict(
-            *map(
-                scatter,
-                (
-                    self.identifier_logits,
-                    self.ranking,
-                    self.decision_state,
-                    self.valid,
-                    self.confidence,
-                    self.shown_order,
-                ),
-            ),
-            failures=self.failures,
-            prompt_tokens=self.prompt_tokens,
-            seconds=self.seconds,
-        )
-
-
-def plan_micro_batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
-    """Rows grouped by length, longest first, so that rows × longest stays within a token budget.
-
-    A row longer than the budget goes alone. Longest first, so that a budget too large for memory
-    shows in the first group.
-    """
-    groups: list[list[int]] = []
-    for row in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
-        if groups and (len(groups[-1]) + 1) * lengths[groups[-1][0]] <= batch_tokens:
-            groups[-1].append(row)
-        else:
-            groups.append([row])
-    return groups
+Rows = Sequence[Sequence[int]]
 
 
 class RankLLM:
-    """Listwise ranking by one pass over prompts whose next token is an identifier.
-
-    Source: the single-token decoding of FIRST (Reddy et al., 2024); here the candidates are shown
-    in a random order, undone afterwards, and the hidden state behind the logits is kept.
+    """Listwise ranking by a language model.
 
     Args:
         backbone: The frozen language model.
         prompts: Prompts for its tokenizer.
-        batch_tokens: Prompt tokens, padding included, in one forward pass.
-        temperature: τ_t, for `confidence` only.
+        settings: Mode, K, windows, shuffles, calibration, budget.
+        temperature: τ_t of Q where there are logits.
+        order_temperature: τ_r of Q where there is only an order.
 
-    Attributes:
-        letter_bias: (K,) float32, subtracted from the logits as shown; zeros until `calibrate`.
+    Source: in `direct` mode the single-token decoding of FIRST (Reddy et al., 2024), with the
+    hidden state behind the logits kept; sliding windows as in RankGPT (Sun et al., 2023), from a
+    random order and not the retriever's, because that one would teach the student itself.
     """
 
     def __init__(
         self,
         backbone: Backbone,
         prompts: PromptBuilder,
-        batch_tokens: int = 8192,
+        settings: TeacherConfig,
         temperature: float = 1.0,
+        order_temperature: float = 3.0,
     ):
         self.backbone = backbone
         self.prompts = prompts
-        self.batch_tokens = batch_tokens
+        self.settings = settings
         self.temperature = temperature
-        self.letter_bias = torch.zeros(len(prompts.letters))
+        self.order_temperature = order_temperature
+        tokens = settings.batch_tokens or (2048 if backbone.device.type == "cpu" else 8192)
+        self.budget = TokenBudget(tokens)
+        self.passes = Passes(backbone, prompts.prefix)
+        self.reader = Reader(self.passes, prompts, settings, self.budget)
+
+    @property
+    def identifier_bias(self) -> Tensor:
+        """(W,) float32, subtracted from the logits as shown; zeros until `calibrate`."""
+        return self.reader.bias
+
+    @identifier_bias.setter
+    def identifier_bias(self, bias: Tensor) -> None:
+        self.reader.bias = bias
+
+    @property
+    def backoffs(self) -> list[dict[str, Any]]:
+        """Each time that memory ran out and the token budget was halved."""
+        return self.budget.backoffs
 
     def calibrate(
-        self,
-        histories: Sequence[Sequence[int]],
-        candidates: Sequence[Sequence[int]],
-        seeds: Sequence[Sequence[int]],
-        progress: str | None = None,
+        self, histories: Rows, candidates: Rows, seeds: Rows, progress: str | None = None
     ) -> TeacherVerdict:
-        """Measure and from now on remove what the teacher gives each letter regardless of content.
+        """Measure, and remove from now on, what an identifier gets whatever stands behind it.
 
-        Candidates are shown in random order, so over rows every letter stands for the same mix of
-        items, and what its mean logit has above the others' is bias. Arguments as for `rank`.
+        `batch`: candidates are shown in random order, so over rows every identifier stands for the
+        same mix of items, and what its mean logit has above the others' is bias. `content_free`:
+        the same of prompts with "N/A" for every title, with every length of history.
+
+        Arguments as for `rank`.
 
         Returns:
             The verdict on these rows before calibration.
 
-        Source: Zhou et al., "Batch Calibration", ICLR 2024. A content-free prompt ("N/A" for every
-        title), the other usual estimate, left most of the bias of SmolLM2-135M in place.
+        Source: Zhou et al., "Batch Calibration", ICLR 2024; Zhao et al., "Calibrate Before Use",
+        ICML 2021, which left most of the bias of SmolLM2-135M in place.
         """
-        verdict = self.rank(histories, candidates, seeds, progress)
-        shown = verdict.identifier_logits.gather(1, verdict.shown_order)[verdict.valid]
-        if len(shown):
-            # Row by row, because how sure a prompt makes the teacher of any letter is no bias.
-            self.letter_bias = self.letter_bias + (shown - shown.mean(1, keepdim=True)).mean(0)
+        self.identifier_bias = torch.zeros_like(self.identifier_bias)
+        verdict, looks = self._rank(histories, candidates, seeds, progress)
+        if self.settings.calibration == "content_free":
+            lengths = range(1, self.prompts.history_length + 1)
+            looks = self.reader.read_prompts([self.prompts.build_content_free(n) for n in lengths])
+        logits = [look.logits for look in looks if look.logits is not None and not look.failure]
+        if logits and self.settings.calibration != "none":
+            shown = torch.stack(logits)
+            # Row by row, because how sure a prompt makes the teacher of any identifier is no bias.
+            self.identifier_bias = (shown - shown.mean(1, keepdim=True)).mean(0)
         return verdict
 
-    @torch.no_grad()
     def rank(
-        self,
-        histories: Sequence[Sequence[int]],
-        candidates: Sequence[Sequence[int]],
-        seeds: Sequence[Sequence[int]],
-        progress: str | None = None,
+        self, histories: Rows, candidates: Rows, seeds: Rows, progress: str | None = None
     ) -> TeacherVerdict:
         """Rank each row's candidates.
 
         Args:
             histories: B lists of item indices, oldest first.
             candidates: B lists of K item indices.
-            seeds: B seeds of the order in which candidates are shown, so that a row's prompt does
+            seeds: B seeds of the orders in which candidates are shown, so that a row's prompt does
                 not depend on the batch that it is in.
             progress: What a bar over the rows says; none: no bar.
 
         Returns:
             The verdict, on the CPU.
         """
-        started = time.perf_counter()
-        size = len(self.prompts.letters)
-        shown_order = np.array(
-            [np.random.default_rng(seed).permutation(size) for seed in seeds], dtype=np.int64
-        ).reshape(len(seeds), size)
-        prompts = [
-            self.prompts.build(history, [row[place] for place in order])
-            for history, row, order in zip(histories, candidates, shown_order, strict=True)
-        ]
-        states, shown_logits = self._forward(prompts, progress)
-        shown_logits = shown_logits - self.letter_bias
-        order = torch.from_numpy(shown_order)
-        logits = torch.empty_like(shown_logits).scatter_(1, order, shown_logits)
-        valid = states.isfinite().all(1) & logits.isfinite().all(1)
-        logits, states = logits * valid[:, None], states * valid[:, None]
-        logits, states = logits.nan_to_num(0, 0, 0), states.nan_to_num(0, 0, 0)
-        log_q = torch.log_softmax(logits / self.temperature, dim=1)
-        entropy = -(log_q.exp() * log_q).sum(1)
-        confidence = (1 - entropy / np.log(size)).clamp(0, 1)
-        failures = Counter({"non_finite": int((~valid).sum())} if not valid.all() else {})
-        return TeacherVerdict(
-            identifier_logits=logits,
-            ranking=logits.argsort(dim=1, descending=True, stable=True) * valid[:, None],
-            decision_state=states,
-            valid=valid,
-            confidence=confidence * valid,
-            shown_order=order,
-            failures=failures,
-            prompt_tokens=sum(map(len, prompts)),
-            seconds=time.perf_counter() - started,
-        )
+        return self._rank(histories, candidates, seeds, progress)[0]
 
     @torch.no_grad()
     def embed_items(self, shown: bool = False) -> Tensor:
@@ -200,24 +138,189 @@ class RankLLM:
         bar = tqdm(
             total=len(texts), desc="reading titles", unit="items", leave=False, disable=not shown
         )
+
+        def embed(rows: list[int]) -> None:
+            vectors[rows] = self.passes.mean_states([texts[row] for row in rows]).cpu()
+
         with bar:
-            for rows in plan_micro_batches([len(text) for text in texts], self.batch_tokens):
-                vectors[rows] = self.backbone.mean_states([texts[row] for row in rows]).cpu()
+            for rows, done in self.budget.groups([len(text) for text in texts], embed):
+                if not done:
+                    raise MemoryError("There is no memory to read one title with the teacher.")
                 bar.update(len(rows))
         return vectors
 
-    def _forward(self, prompts: list[list[int]], progress: str | None) -> tuple[Tensor, Tensor]:
-        """(B, H) decision states and (B, K) identifier logits as shown, float32 on the CPU."""
-        identifiers = torch.tensor(self.prompts.identifier_ids, device=self.backbone.device)
-        states = torch.empty(len(prompts), self.backbone.hidden_size)
-        logits = torch.empty(len(prompts), len(identifiers))
-        bar = tqdm(
-            total=len(prompts), desc=progress, unit="rows", leave=False, disable=progress is None
+    def _rank(
+        self, histories: Rows, candidates: Rows, seeds: Rows, progress: str | None
+    ) -> tuple[TeacherVerdict, list[Look]]:
+        """The verdict, and every look that it is made of."""
+        started = time.perf_counter()
+        size, shuffles = self.settings.num_candidates, self.settings.shuffles
+        # One line for each shuffle of each row, shuffles outermost.
+        draws = [
+            np.random.default_rng([*seed, shuffle] if shuffle else seed)
+            for shuffle in range(shuffles)
+            for seed in seeds
+        ]
+        shown = torch.from_numpy(
+            np.array([draw.permutation(size) for draw in draws], np.int64).reshape(-1, size)
         )
-        with bar:
-            for rows in plan_micro_batches([len(prompt) for prompt in prompts], self.batch_tokens):
-                state = self.backbone.decision_states([prompts[row] for row in rows])
-                states[rows] = state.float().cpu()
-                logits[rows] = self.backbone.token_logits(state, identifiers).cpu()
-                bar.update(len(rows))
-        return states, logits
+        histories, candidates = [*histories] * shuffles, [*candidates] * shuffles
+
+        def read(places: Tensor) -> list[Look]:
+            lists = [
+                [row[place] for place in line]
+                for row, line in zip(candidates, places.tolist(), strict=True)
+            ]
+            return self.reader.read(list(zip(histories, lists, strict=True)), progress)
+
+        if self.prompts.num_shown >= size:
+            looks = read(shown)
+            windows = [looks]
+            ranks = torch.empty(shown.shape).scatter_(1, shown, self._ranks(looks))
+        else:
+            order, windows = self._slide(shown.clone(), draws, read)
+            ranks = torch.arange(1.0, size + 1).expand(shown.shape)
+            ranks = torch.empty(shown.shape).scatter_(1, order, ranks)
+        logits = None
+        if self.settings.mode != "generate" and len(windows) == 1:
+            logits = torch.empty(shown.shape).scatter_(1, shown, self._logits(windows[0]))
+        verdict = self._merge(windows, ranks, logits, shown, len(seeds))
+        looks = [look for window in windows for look in window]
+        verdict = dataclasses.replace(
+            verdict,
+            prompt_tokens=sum(look.prompt_tokens for look in looks),
+            generated_tokens=sum(look.generated_tokens for look in looks),
+            seconds=time.perf_counter() - started,
+        )
+        return verdict, looks
+
+    def _slide(
+        self,
+        order: Tensor,
+        draws: Sequence[np.random.Generator],
+        read: Callable[[Tensor], list[Look]],
+    ) -> tuple[Tensor, list[list[Look]]]:
+        """Move the best to the front, window by window from the back.
+
+        Args:
+            order: (n, K) candidate positions; changed.
+            draws: Shuffle each window, so that the order that an earlier one left is not shown.
+            read: Looks at (n, W) of them.
+
+        Returns:
+            The candidate positions best first, and the looks of each window.
+        """
+        window = self.prompts.num_shown
+        looks = []
+        stride = self.settings.stride or max(1, window // 2)
+        for start in window_starts(order.shape[1], window, stride):
+            inside = order[:, start : start + window]
+            if looks:
+                mixed = np.array([draw.permutation(window) for draw in draws], np.int64)
+                inside = inside.gather(1, torch.from_numpy(mixed).reshape(-1, window))
+            looks.append(read(inside))
+            # Where the teacher does not tell two apart, the shuffle does.
+            best_first = self._ranks(looks[-1]).argsort(dim=1, stable=True)
+            order[:, start : start + window] = inside.gather(1, best_first)
+        return order, looks
+
+    def _ranks(self, looks: Sequence[Look]) -> Tensor:
+        """(n, W) ranks as shown; all equal where a look failed."""
+        window = self.prompts.num_shown
+        undecided = torch.full((window,), (window + 1) / 2)
+        ranks = [
+            undecided
+            if look.failure
+            else look.ranks
+            if look.logits is None
+            else ranks_of(look.logits - self.identifier_bias)
+            for look in looks
+        ]
+        return _stacked(ranks, window)
+
+    def _logits(self, looks: Sequence[Look]) -> Tensor:
+        """(n, W) logits as shown, less the bias; zeros where a look failed."""
+        nothing = torch.zeros(self.prompts.num_shown)
+        return _stacked(
+            [
+                nothing
+                if look.failure or look.logits is None
+                else look.logits - self.identifier_bias
+                for look in looks
+            ],
+            self.prompts.num_shown,
+        )
+
+    def _merge(
+        self,
+        windows: Sequence[Sequence[Look]],
+        ranks: Tensor,
+        logits: Tensor | None,
+        shown: Tensor,
+        num_rows: int,
+    ) -> TeacherVerdict:
+        """One verdict of all shuffles; (n, K) tensors in, candidates in the student's order."""
+        shuffles, size = self.settings.shuffles, self.settings.num_candidates
+        lines = list(zip(*windows, strict=True))  # the windows of each line
+        causes = [next((look.failure for look in line if look.failure), None) for line in lines]
+        good = torch.tensor([cause is None for cause in causes]).view(shuffles, num_rows)
+        nothing = torch.zeros(self.backbone.hidden_size)
+        states = _stacked(
+            [
+                nothing if cause or line[-1].state is None else line[-1].state
+                for line, cause in zip(lines, causes, strict=True)
+            ],
+            self.backbone.hidden_size,
+        )
+
+        def mean(values: Tensor) -> Tensor:
+            """Over the shuffles that have a verdict; zeros where none has."""
+            by_shuffle = values.view(shuffles, num_rows, -1) * good[..., None]
+            return by_shuffle.sum(0) / good.sum(0).clamp(min=1)[:, None]
+
+        valid = good.any(0)
+        merged = None if logits is None else mean(logits)
+        merged_ranks = ranks_of(-mean(ranks)) if merged is None else ranks_of(merged)
+        probs = (
+            probs_of_ranks(merged_ranks, self.order_temperature)
+            if merged is None
+            else probs_of_logits(merged, self.temperature)
+        )
+        agreement = torch.zeros(num_rows)
+        if shuffles > 1:
+            agreement = agreement_of(ranks.view(shuffles, num_rows, size)) * good.all(0)
+        partial = [next((look.partial for look in line if look.partial), None) for line in lines]
+        reasonings = [line[-1].reasoning for line in lines[:num_rows]]
+        return TeacherVerdict(
+            identifier_logits=merged,
+            ranks=merged_ranks * valid[:, None],
+            probs=probs * valid[:, None],
+            decision_state=mean(states),
+            valid=valid,
+            confidence=confidence_of(probs) * valid,
+            agreement=agreement,
+            shown_order=shown[:num_rows],
+            failures=_first_causes(causes, ~valid),
+            partial=_first_causes(partial, valid),
+            reasonings=reasonings if self.settings.mode == "cot" else (),
+        )
+
+
+def window_starts(size: int, window: int, stride: int) -> list[int]:
+    """Where windows begin that slide over a list from its back; the last begins at the front."""
+    return [*range(size - window, 0, -stride), 0]
+
+
+def _stacked(rows: Sequence[Tensor | None], width: int) -> Tensor:
+    """(n, width), also of no rows."""
+    return torch.stack([row for row in rows if row is not None]) if rows else torch.empty(0, width)
+
+
+def _first_causes(causes: Sequence[str | None], rows: Tensor) -> Counter:
+    """Counts, over some rows, of the first cause that any shuffle of the row names."""
+    counted: Counter[str] = Counter()
+    for row in rows.nonzero().flatten().tolist():
+        cause = next((cause for cause in causes[row :: len(rows)] if cause), None)
+        if cause:
+            counted[cause] += 1
+    return counted

@@ -14,7 +14,7 @@ from torch import nn
 from cotrain.config import parse
 from cotrain.data.batches import EpochSampler, SequenceBatch, SequenceDataset, make_loader
 from cotrain.distill.loop import Interrupted, Pace, Run, cotrain_step, fit
-from cotrain.distill.losses import listnet_sum, teacher_distribution
+from cotrain.distill.losses import listnet_sum
 from cotrain.distill.outcome import finish
 from cotrain.distill.querying import Teacher
 from cotrain.distill.run import prepare
@@ -146,12 +146,11 @@ def test_a_step_brings_the_students_scores_closer_to_the_verdict_on_its_candidat
     )
     verdict, asked = teacher_of(run).ask(batch, candidates, state.epoch)
     assert asked.all()
-    probs = teacher_distribution(verdict.identifier_logits, 0.1)
 
     def ranking_loss() -> float:
         states = student(batch, run.loss).user_state
         scores = torch.einsum("bd,bkd->bk", states, student.item_vectors[candidates.item_ids])
-        return listnet_sum(scores, probs, verdict.valid.float()).item() / len(probs)
+        return listnet_sum(scores, verdict.probs, verdict.valid.float()).item() / len(asked)
 
     before = ranking_loss()
     report = cotrain_step(state, batch, run.teacher, run.loss, run.config, run.accelerator)
@@ -214,15 +213,15 @@ def test_student_and_control_choose_their_best_epoch_after_the_fork(prepared: Pr
 
 def test_the_teacher_is_calibrated_once_when_it_starts(prepared: Prepare):
     state, run = prepared()
-    assert not state.letter_bias.any()
+    assert not state.identifier_bias.any()
     fit(state, run)
-    assert state.letter_bias.any()
-    assert state.letter_bias.equal(teacher_of(run).ranker.letter_bias)
+    assert state.identifier_bias.any()
+    assert state.identifier_bias.equal(teacher_of(run).ranker.identifier_bias)
     # Calibration rows teach nothing and are not counted as asked.
     assert state.meter.totals["rows_asked"] == 2 * teacher_of(run).query.rows_per_epoch
     state, run = prepared("--teacher.calibration_rows", "0")
     fit(state, run)
-    assert not state.letter_bias.any()
+    assert not state.identifier_bias.any()
 
 
 @pytest.mark.parametrize("max_steps", [[], ["--train.max_steps", "10"]], ids=["whole", "cut"])

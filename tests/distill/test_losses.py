@@ -4,10 +4,9 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
-from cotrain.distill.losses import alignment_sum, entropy, listnet_sum, teacher_distribution
+from cotrain.distill.losses import alignment_sum, listnet_sum
+from cotrain.teacher.verdict import entropy
 
 
 def test_listnet_by_hand():
@@ -58,22 +57,3 @@ def test_alignment_by_hand():
     # 1 + 4 = 5, weight 1; 9 + 16 = 25, weight 1/5; silenced.
     value = alignment_sum(projected, state, torch.tensor([1.0, 0.2, 0.0]))
     assert value.item() == pytest.approx(10.0)
-
-
-def test_teacher_distribution_and_entropy():
-    logits = torch.tensor([[0.0, 0.0, 0.0, 0.0], [math.log(9.0), 0.0, -90.0, -90.0]])
-    probs = teacher_distribution(logits, 1.0)
-    torch.testing.assert_close(probs[1], torch.tensor([0.9, 0.1, 0.0, 0.0]))
-    assert entropy(probs)[0].item() == pytest.approx(math.log(4))
-    expected = -(0.9 * math.log(0.9) + 0.1 * math.log(0.1))
-    assert entropy(probs)[1].item() == pytest.approx(expected, rel=1e-5)
-    sharp = teacher_distribution(logits[1:], 0.5)
-    assert sharp[0, 0].item() == pytest.approx(81 / 82)
-
-
-@given(st.integers(2, 26), st.integers(0, 2**31), st.floats(0.01, 100))
-def test_entropy_lies_between_zero_and_uniform(size: int, seed: int, temperature: float):
-    logits = 20 * torch.randn(4, size, generator=torch.Generator().manual_seed(seed))
-    values = entropy(teacher_distribution(logits, temperature))
-    assert (values >= 0).all()
-    assert (values <= math.log(size) + 1e-5).all()

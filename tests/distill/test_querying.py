@@ -1,13 +1,11 @@
 """Who asks, and what a verdict counts."""
 
-from collections import Counter
-
 import numpy as np
 import pytest
 import torch
 
 from cotrain.distill.querying import RandomQuery, verdict_weight
-from cotrain.teacher.ranker import TeacherVerdict
+from cotrain.teacher.verdict import TeacherVerdict
 
 
 def test_an_exact_share_asks_each_epoch_whatever_the_batches():
@@ -41,14 +39,14 @@ def test_every_user_is_as_likely_over_epochs():
 def test_weights_follow_confidence_only_where_the_verdict_is_valid():
     verdict = TeacherVerdict(
         identifier_logits=torch.zeros(3, 2),
-        ranking=torch.zeros(3, 2, dtype=torch.int64),
+        ranks=torch.full((3, 2), 1.5),
+        probs=torch.full((3, 2), 0.5),
         decision_state=torch.zeros(3, 4),
         valid=torch.tensor([True, False, True]),
         confidence=torch.tensor([0.25, 0.9, 1.0]),
+        agreement=torch.tensor([0.5, 0.9, 0.0]),
         shown_order=torch.zeros(3, 2, dtype=torch.int64),
-        failures=Counter(),
-        prompt_tokens=0,
-        seconds=0.0,
     )
     assert verdict_weight(verdict, "entropy").tolist() == [0.25, 0.0, 1.0]
+    assert verdict_weight(verdict, "agreement").tolist() == [0.5, 0.0, 0.0]
     assert verdict_weight(verdict, "none").tolist() == [1.0, 0.0, 1.0]

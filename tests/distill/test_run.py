@@ -73,7 +73,8 @@ def launch(options: Options, **environment: str) -> subprocess.CompletedProcess[
 def results(folder: Path) -> dict[str, Any]:
     """All that a run found out, without its times."""
     report = json.loads((folder / "report.json").read_text())
-    teacher = {key: value for key, value in report["teacher"].items() if "_s" not in key}
+    of_time = ("rows_per_s", "prompt_tokens_per_s")
+    teacher = {key: value for key, value in report["teacher"].items() if key not in of_time}
     teacher.pop("seconds")
     kept = ("student", "control", "lift", "shipped", "effective_rank", "examples", "dataset")
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

@@ -32,11 +32,14 @@ def report():
         "user": "u<1>",
         "history": ["Casino", HOSTILE],
         "shown": shown,
+        "identifiers": ["A", "B", "C", "D"],
         "teacher_ranking": ["Clerks", "Heat", "Babe", "Se7en"],
+        "teacher_ranks": [1.0, 2.0, 3.0, 4.0],
         "teacher_probs": [0.5, 0.25, 0.15, 0.1],
         "student_ranking": shown[::-1],
         "target": "Babe",
         "prompt": f"History:\n{HOSTILE}\nAnswer: [",
+        "reasoning": "",
         "valid": True,
     }
     model = {"validation": scores(1.1), "test": scores(1), "best_epoch": 7, "parameters": 400_000}
@@ -77,23 +80,42 @@ def report():
         "teacher": {
             "model": "SmolLM2-135M-Instruct",
             "quantization": "nf4",
+            "adapter": None,
             "mode": "direct",
             "decision_position": "predict",
+            "identifiers": "letters",
+            "template": "default",
+            "num_candidates": 4,
+            "window": None,
+            "stride": None,
+            "shuffles": 1,
+            "calibration": "batch",
+            "identifier_bias": [0.5, -0.25, 0.0, -0.25],
             "parameters": 134_515_008,
             "rows_asked": 200,
             "rows_valid": 190,
-            "failures": {"not finite": 7, "prompt too long": 3},
+            "rows_full": 172,
+            "partial": {"truncated": 15, "repeated": 3},
+            "failures": {"non_finite": 7, "prompt too long": 3},
+            "backoffs": [],
             "rows_per_s": 11.4,
             "prompt_tokens_per_s": 4321.0,
             "seconds": 17.5,
             "prompt_tokens": 75_000,
-            "identifier_entropy": 1.2,
+            "generated_tokens": 0,
+            "entropy": 1.2,
             "entropy_uniform": math.log(4),
             "confidence": 0.13,
             "target_in_candidates": 0.17,
-            "agreement": -0.05,
-            "mean_rank_by_shown_position": [1.5, 2.4, 2.9, 3.2],
-            "choice_share_by_shown_position": [0.6, 0.2, 0.1, 0.1],
+            "agreement_of_shuffles": 0.0,
+            "agreement_with_student": -0.05,
+            "mean_rank_by_shown_position": [2.3, 2.4, 2.6, 2.7],
+            "choice_share_by_shown_position": [0.3, 0.3, 0.2, 0.2],
+            "before_calibration": {
+                "rows": 64,
+                "mean_rank_by_shown_position": [1.5, 2.4, 2.9, 3.2],
+                "choice_share_by_shown_position": [0.6, 0.2, 0.1, 0.1],
+            },
         },
         "effective_rank": {
             "student_state": 31.2,
@@ -169,13 +191,13 @@ def render(report, curves, folder):
 def test_json_keeps_everything_and_nulls_what_is_not_finite(report, curves, tmp_path):
     report["mine"] = {"grid": np.arange(3), "deep": [np.float32(0.5), math.nan, -math.inf]}
     report["folder"] = tmp_path
-    report["teacher"]["agreement"] = math.nan
+    report["teacher"]["agreement_with_student"] = math.nan
     report["lift"]["mrr"] = Lift(0.1, None, (-0.1, 0.3), 0.4)
     path, _ = write_report(report, curves, tmp_path / "new" / "run")
     loaded = json.loads(path.read_text(encoding="utf-8"), parse_constant=pytest.fail)
     assert loaded["mine"] == {"grid": [0, 1, 2], "deep": [0.5, None, None]}
     assert loaded["folder"] == str(tmp_path)
-    assert loaded["teacher"]["agreement"] is None
+    assert loaded["teacher"]["agreement_with_student"] is None
     assert loaded["lift"]["mrr"] == Lift(0.1, None, (-0.1, 0.3), 0.4).as_dict()
     assert loaded == json_ready(report)
     assert set(report) == set(loaded)
@@ -223,13 +245,14 @@ def test_what_users_wrote_is_escaped(report, curves, tmp_path):
         report[place] = HOSTILE
     report["warnings"] = report["dataset"]["notes"] = [HOSTILE]
     report["teacher"]["failures"] = {HOSTILE: 1}
+    report["teacher"]["template"] = HOSTILE
     report["config"] = {HOSTILE: HOSTILE}
-    report["examples"][0]["shown"] = [HOSTILE] * 4
+    report["examples"][0] |= {"shown": [HOSTILE] * 4, "reasoning": HOSTILE}
     curves.append({"kind": "train", "step": 101, "epoch": 10.1, f"loss_{HOSTILE}": 1.0})
     html = render(report, curves, tmp_path)
     assert "<script" not in html
     page = Page(html)
-    assert page.text.count(HOSTILE) >= 12
+    assert page.text.count(HOSTILE) >= 14
 
 
 def test_page_shows_the_run(report, curves, tmp_path):
@@ -240,9 +263,19 @@ def test_page_shows_the_run(report, curves, tmp_path):
         "−0.0021 to +0.0030",
         "100,000",
         "1 item has no title.",
-        "190 (95.0 %)",
-        "Failed: not finite 7",
-        "Failed: prompt too long 3",
+        "Asked 200 100.0 %",
+        "Valid 190 95.0 % only these teach the student",
+        "Whole order 172 86.0 %",
+        "Partial: truncated 15 7.5 % stopped or was cut before all were named; what was named "
+        "counts",
+        "Partial: repeated 3 1.5 %",
+        "Failed: non finite 7 3.5 % numbers that are not finite",
+        "Failed: prompt too long 3 1.5 %",
+        "Identifiers letters",
+        "Template default",
+        "Calibration batch",
+        "Identifier bias removed 0.8 nats between its dearest and its least loved identifier, on "
+        "64 rows",
         "1.20 nats",
         "The teacher put the true next item at place 3 of 4.",
         "The true next item, Elsewhere, was not among the candidates.",
@@ -259,6 +292,68 @@ def test_page_shows_the_run(report, curves, tmp_path):
     ):
         assert expected in text, expected
     assert text.count("Babe next") == 3  # as shown, teacher's and student's place, first example
+
+
+def test_page_shows_what_only_some_teachers_do(report, curves, tmp_path):
+    absent = " ".join(Page(render(report, curves, tmp_path)).text.split())
+    report["teacher"] |= {
+        "mode": "cot", "window": 2, "shuffles": 3, "agreement_of_shuffles": 0.412,
+        "generated_tokens": 12_800, "adapter": "some/lora",
+        "backoffs": [
+            {"process": 0, "from_tokens": 8192, "to_tokens": 4096, "rows": 9, "longest": 430},
+            {"process": 1, "from_tokens": 4096, "to_tokens": 2048, "rows": 9, "longest": 410},
+        ],
+    }  # fmt: skip
+    report["examples"][0]["reasoning"] = "They like [slow] films < 2 h."
+    present = " ".join(Page(render(report, curves, tmp_path)).text.split())
+    for expected in (
+        "Adapter some/lora",
+        "Window 2 candidates in one prompt, moving on by half a window",
+        "Orders shown 3 ranks are their mean; they agree by 0.412",
+        "Tokens written 12,800 64.0 a row",
+        "Memory ran out 2 × prompt tokens in one pass went from 8,192 down to 2,048",
+        "The teacher's reasoning",
+        "They like [slow] films < 2 h.",
+    ):
+        assert expected in present, expected
+    for label in ("Adapter", "Window", "Orders shown", "Tokens written", "Memory", "reasoning"):
+        assert label not in absent
+
+
+def test_ties_are_shown_as_ties(report, curves, tmp_path):
+    report["examples"] = report["examples"][:1]
+    report["examples"][0]["teacher_ranks"] = [1.0, 3.0, 3.0, 3.0]
+    html = render(report, curves, tmp_path)
+    assert html.count('<span class="hint">tied</span>') == 3
+    text = " ".join(Page(html).text.split())
+    assert "true next item at place 3 of 4, the mean of those that it tied." in text
+
+
+def test_bias_is_drawn_before_and_after_calibration(report, curves):
+    def bias_charts():
+        return [chart for chart in draw_charts(report, curves) if "Position bias" in chart.title]
+
+    for chart in bias_charts():
+        assert "before calibration" in chart.svg
+        assert "no bias" in chart.svg
+        assert "64 rows" in chart.caption
+        assert "var(--control" in chart.svg
+        assert "var(--teacher" in chart.svg
+    report["teacher"]["before_calibration"] = None
+    for chart in bias_charts():
+        assert "before calibration" not in chart.svg
+        assert "no bias" in chart.svg
+        assert "var(--control" not in chart.svg
+
+
+def test_positions_are_named_as_in_the_prompt(report, curves):
+    def ticks():
+        chart = next(c for c in draw_charts(report, curves) if c.title.endswith("mean rank"))
+        return re.findall(r">([A-Z1-9])</text>", chart.svg)
+
+    assert ticks()[:4] == ["A", "B", "C", "D"]
+    report["teacher"]["identifiers"] = "numbers"
+    assert ticks()[:4] == ["1", "2", "3", "4"]
 
 
 def test_every_loss_and_every_chart_has_a_caption(report, curves):
@@ -337,13 +432,17 @@ def long_run(report, curves):
 def many_candidates(report, curves):
     report["teacher"]["mean_rank_by_shown_position"] = list(range(60))
     report["teacher"]["choice_share_by_shown_position"] = [0.0] * 59 + [None]
+    report["teacher"]["before_calibration"] = None
+    report["teacher"] |= {"window": 20, "num_candidates": 60, "identifiers": "numbers"}
+    report["examples"][0]["identifiers"] = []
     report["examples"][0]["shown"] = [f"item {i}" for i in range(60)]
     return curves
 
 
 def teacher_never_asked(report, curves):
     counts = dict.fromkeys(("rows_asked", "rows_valid", "prompt_tokens"), 0)
-    nothing = ("rows_per_s", "prompt_tokens_per_s", "identifier_entropy", "confidence", "agreement")
+    nothing = ("rows_per_s", "prompt_tokens_per_s", "entropy", "confidence")
+    nothing += ("agreement_of_shuffles", "agreement_with_student", "before_calibration")
     report["teacher"] |= counts | dict.fromkeys(nothing) | {"failures": {}, "seconds": 0.0}
     report["teacher"]["mean_rank_by_shown_position"] = [math.nan] * 4
     report["teacher"]["choice_share_by_shown_position"] = []

@@ -9,19 +9,13 @@ import polars as pl
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tokenizers import (
-    AddedToken,
-    Tokenizer,
-    decoders,
-    models,
-    normalizers,
-    pre_tokenizers,
-    processors,
-)  # fmt: skip
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from tokenizers import AddedToken, normalizers
+from transformers import PreTrainedTokenizerBase
 
+from cotrain.config import TeacherConfig
 from cotrain.errors import ConfigError, TeacherError
-from cotrain.teacher.prompts import ANSWER_PREFIX, PromptBuilder, escape
+from cotrain.teacher.prompts import PromptBuilder, escape, make_prompts
+from cotrain.teacher.templates import Template, load_template, parse_template
 
 BEAUTY = Path(__file__).parents[3] / "shared" / "data" / "amazon-beauty" / "items.parquet"
 
@@ -53,7 +47,7 @@ HOSTILE = {
     "null and escape": "a\x00b\x1b[31mred\x1b[0m",
     "unassigned and private": "\u0378\ue000\U000f0000\uffff",
     "combining": "e" + "\u0301" * 300,
-    "quotes and separators": "a | b - c > d \\n {noun} %s @@cotrain-prompt@@",
+    "quotes and separators": "a | b - c > d \\n {noun} {title} {{ %s @@cotrain-prompt@@",
     "byte order": "\ufeff\ufffe[",
 }
 
@@ -61,8 +55,8 @@ HOSTILE = {
 def builder(tokenizer: Any, titles: list[str], categories=None, **changes: Any) -> PromptBuilder:
     """A builder for items 1, 2, … of these titles."""
     chosen: dict[str, Any] = {
-        "num_candidates": 3, "item_noun": "movie", "history_length": 10, "max_title_tokens": 32,
-        "max_context_tokens": 8192, **changes,
+        "template": load_template("default"), "num_shown": 3, "item_noun": "movie",
+        "history_length": 10, "max_title_tokens": 32, "max_context_tokens": 8192, **changes,
     }  # fmt: skip
     return PromptBuilder(
         tokenizer, ["", *titles], ["", *(categories or [""] * len(titles))], **chosen
@@ -140,46 +134,203 @@ def test_escaped_by_hand(text, escaped):
 
 # ---- what a prompt looks like -------------------------------------------------------------------
 
+FILMS = ["Toy Story (1995)", "Heat", "L'Atalante", "[REC]\n"]
+GENRES = ["Animation|Children's", "", "Drama", "Horror"]
+BEFORE = (
+    "<|im_start|>system\n"
+    "You are the ranking component of a recommender system.<|im_end|>\n"
+    "<|im_start|>user\n"
+    "Below are the last choices of a user, oldest first, and then candidates for the next movie of "
+    "this user, each with a label in square brackets, its title and, after |, its categories. "
+)
+LINES = (
+    "The user's last choices, oldest first:\n"
+    "- L'Atalante\n"
+    "- Toy Story (1995)\n"
+    "\n"
+    "Candidates:\n"
+    "[A] (REC) | Horror\n"
+    "[B] Heat\n"
+    "[C] Toy Story (1995) | Animation, Children's<|im_end|>\n"
+    "<|im_start|>assistant\n"
+)
 
-def test_whole_prompt_as_text(tokenizer):
-    prompts = builder(
-        tokenizer,
-        ["Toy Story (1995)", "Heat", "L'Atalante", "[REC]\n"],
-        ["Animation|Children's", "", "Drama", "Horror"],
+
+@pytest.mark.parametrize("mode", ["direct", "generate"])
+def test_whole_prompt_as_text(tokenizer, mode):
+    prompts = builder(tokenizer, FILMS, GENRES, mode=mode)
+    assert tokenizer.decode(prompts.build([3, 1], [4, 2, 1])) == (
+        BEFORE
+        + "Rank all candidates by how likely the user is to choose them next, most likely first. "
+        "Answer with their labels in square brackets, joined by >, and nothing else.\n\n"
+        + LINES
+        + "Ranking: ["
     )
-    tokens = prompts.build([3, 1], [4, 2, 1])
-    expected = (
-        "<|im_start|>user\n"
-        "These are the last movies that a user chose, oldest first:\n"
-        "- L'Atalante\n"
-        "- Toy Story (1995)\n"
-        "\n"
-        "The user's next movie is one of these candidates:\n"
-        "[A] (REC) | Horror\n"
-        "[B] Heat\n"
-        "[C] Toy Story (1995) | Animation, Children's\n"
-        "\n"
-        "Rank the candidates by how likely the user is to choose them next, most likely first. "
-        "Answer with their letters in brackets, joined by >.<|im_end|>\n"
-        "<|im_start|>assistant\n"
-        "Ranking: ["
+    assert prompts.answer == []
+
+
+def test_whole_prompt_that_asks_for_a_reasoning(tokenizer):
+    prompts = builder(tokenizer, FILMS, GENRES, mode="cot")
+    assert tokenizer.decode(prompts.build([3, 1], [4, 2, 1])) == (
+        BEFORE
+        + "First describe in one or two sentences what the user is looking for, without labels. "
+        "Then, on a new line, rank all candidates by how likely the user is to choose them next, "
+        "most likely first: their labels in square brackets, joined by >.\n\n" + LINES + "This user"
     )
-    text = tokenizer.decode(tokens)
-    assert text[text.index("<|im_start|>user") :] == expected
-    # The model reads the tokens that it would read of this text.
-    assert tokens == tokenizer.encode(text, add_special_tokens=False)
-
-
-def test_identifiers_are_single_tokens_in_context(tokenizer):
-    prompts = builder(tokenizer, ["x"] * 26, num_candidates=26)
-    assert [tokenizer.decode([token]) for token in prompts.identifier_ids] == [
-        *string.ascii_uppercase
-    ]
-    assert len(set(prompts.identifier_ids)) == 26
-    text = tokenizer.decode(prompts.build([1], list(range(1, 27))))
-    assert text.endswith(ANSWER_PREFIX)
-    for letter, token in zip(string.ascii_uppercase, prompts.identifier_ids, strict=True):
+    assert tokenizer.decode(prompts.answer) == "\nRanking: ["
+    # Where the answer follows, the identifiers are the tokens that the model reads there.
+    text = tokenizer.decode(
+        [*prompts.build([3], [1, 2]), *tokenizer.encode(" likes"), *prompts.answer]
+    )
+    for letter, (token,) in zip("ABC", prompts.identifiers.emitted, strict=True):
         assert tokenizer.encode(f"{text}{letter}]", add_special_tokens=False)[-2] == token
+
+
+@pytest.mark.parametrize("mode", ["direct", "cot"])
+@pytest.mark.parametrize("identifiers", ["letters", "numbers"])
+@pytest.mark.parametrize("name", ["default", "movies", "products"])
+def test_the_model_reads_the_tokens_of_the_text(tokenizer, ml100k, name, identifiers, mode):
+    """Assembled from segments, yet what the tokenizer would make of the whole text."""
+    settings_ = TeacherConfig(template=name, identifiers=identifiers, mode=mode)
+    catalog = ml100k.catalog
+    prompts = make_prompts(settings_, tokenizer, catalog.titles, catalog.categories, 4096)
+    for user in ml100k.trained_users[:20].tolist():
+        history = ml100k.train_history(user).tolist()
+        prompt = prompts.build(history, list(range(user + 1, user + 21)))
+        assert prompt == tokenizer.encode(tokenizer.decode(prompt), add_special_tokens=False)
+        assert prompt[: len(prompts.prefix)] == prompts.prefix
+    assert len(prompts.prefix) > len(tokenizer.encode("a word " * 40))
+
+
+def test_everything_up_to_the_first_row_is_shared(tokenizer):
+    prompts = builder(tokenizer, FILMS, GENRES)
+    several = [
+        prompts.build([], [1]), prompts.build([1], [2, 3, 4]), prompts.build([3, 2, 1], [4, 1]),
+        prompts.build_content_free(2),
+    ]  # fmt: skip
+    for prompt in several:
+        assert prompt[: len(prompts.prefix)] == prompts.prefix
+    assert str(tokenizer.decode(prompts.prefix)).endswith("last choices, oldest first:\n")
+
+
+def test_identifiers_are_tokens_of_the_place_where_they_are_said(tokenizer):
+    prompts = builder(tokenizer, ["x"] * 26, num_shown=26)
+    text = tokenizer.decode(prompts.build([1], list(range(1, 27))))
+    assert text.endswith("Ranking: [")
+    tokens = prompts.identifiers.first_tokens
+    for letter, token in zip(string.ascii_uppercase, tokens, strict=True):
+        assert tokenizer.encode(f"{text}{letter}]", add_special_tokens=False)[-2] == token
+
+
+def test_numbered_candidates(tokenizer):
+    prompts = builder(tokenizer, ["x"] * 30, num_shown=30, identifiers="numbers")
+    text = str(tokenizer.decode(prompts.build([1], list(range(1, 31)))))
+    assert [line[:4] for line in text.split("\n") if line.startswith("[")] == [
+        f"[{number}] "[:4] for number in range(1, 31)
+    ]
+    with pytest.raises(ConfigError, match="30 candidates in one prompt"):
+        builder(tokenizer, ["x"] * 30, num_shown=30)
+
+
+def test_fewer_candidates_than_the_most(tokenizer):
+    text = str(tokenizer.decode(builder(tokenizer, FILMS).build([1], [4, 2])))
+    assert "Candidates:\n[A] (REC)\n[B] Heat<|im_end|>" in text
+    with pytest.raises(ValueError, match="4 candidates to show; expected at most 3"):
+        builder(tokenizer, FILMS).build([1], [1, 2, 3, 4])
+
+
+def test_content_free(tokenizer):
+    prompts = builder(tokenizer, FILMS, GENRES)
+    prompt = prompts.build_content_free(2)
+    text = str(tokenizer.decode(prompt))
+    assert "first:\n- N/A\n- N/A\n\nCandidates:\n[A] N/A\n[B] N/A\n[C] N/A<|im_end|>" in text
+    assert prompt == tokenizer.encode(text, add_special_tokens=False)
+    assert prompts.build_content_free(10) == prompts.build_content_free(11)
+    assert len(prompts.item_tokens()) == len(FILMS)
+
+
+# ---- templates of one's own ---------------------------------------------------------------------
+
+
+def own(**changes: str) -> Template:
+    sections = {
+        "user": "{instruction}\n{history}\n--\n{candidates}\nGo.", "history_item": "{title}",
+        "candidate": "[{identifier}] {title}{categories}", "categories": " ({categories})",
+        "instruction": "Rank.", "instruction_cot": "Think.", "answer": "[", **changes,
+    }  # fmt: skip
+    return parse_template(
+        "".join(f"=== {name}\n{text}\n" for name, text in sections.items()), "own"
+    )
+
+
+def without_chat(prompts: PromptBuilder, tokens: list[int]) -> str:
+    text = str(prompts.tokenizer.decode(tokens))
+    return text.rpartition("<|im_start|>user\n")[2].replace("<|im_end|>\n<|im_start|>", "|")
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, "Rank.\nHeat\nRan\n--\n[A] Ran\n[B] Heat (Crime)\nGo.|assistant\n["),
+        (
+            {"user": "{candidates}\nafter\n{history}\n{instruction}"},
+            "[A] Ran\n[B] Heat (Crime)\nafter\nHeat\nRan\nRank.|assistant\n[",
+        ),
+        (
+            {"history_item": '"{title}"{categories};', "candidate": "{title}: [{identifier}]."},
+            'Rank.\n"Heat" (Crime);\n"Ran";\n--\nRan: [A].\nHeat: [B].\nGo.|assistant\n[',
+        ),
+        (
+            {
+                "history_item": "<{{{title}}}>",
+                "candidate": "[{identifier}]\n  {title}\n  {categories}.",
+                "categories": "genre: {categories} {{}}",
+            },
+            "Rank.\n<{Heat}>\n<{Ran}>\n--\n[A]\n  Ran\n  .\n[B]\n  Heat\n  genre: Crime {}.\n"
+            "Go.|assistant\n[",
+        ),
+        (
+            {
+                "instruction": "The {num_candidates} {noun}s",
+                "answer": "Best {noun} {{[",
+                "system": "",
+            },
+            "The 3 {x}s\nHeat\nRan\n--\n[A] Ran\n[B] Heat (Crime)\nGo.|assistant\nBest {x} {[",
+        ),
+    ],
+)
+def test_a_template_of_ones_own(tokenizer, changes, expected):
+    prompts = builder(
+        tokenizer, ["Heat", "Ran"], ["Crime", ""], template=own(**changes), item_noun="{x}"
+    )
+    prompt = prompts.build([1, 2], [2, 1])
+    assert without_chat(prompts, prompt) == expected
+    assert prompt[: len(prompts.prefix)] == prompts.prefix
+    assert len(prompts.identifiers.first_tokens) == 3
+
+
+def test_settings_choose_the_prompt(tokenizer):
+    titles, categories = ["", *FILMS], ["", *GENRES]
+    chosen = TeacherConfig(
+        num_candidates=30, window=4, identifiers="numbers", template="movies", mode="cot",
+        reasoning_tokens=100, history_length=2,
+    )  # fmt: skip
+    prompts = make_prompts(chosen, tokenizer, titles, categories, 1000)
+    assert prompts.num_shown == len(prompts.identifiers.texts) == 4
+    text = str(tokenizer.decode(prompts.build([1, 2, 3], [4])))
+    assert "Think" not in text
+    assert "taste in movies" in text
+    assert "oldest first:\n- Heat\n- L'Atalante\n\nCandidates:\n[1] (REC) | Horror" in text
+    # Room for the reasoning, for the answer prefix behind it, and for an identifier.
+    assert prompts.max_prompt_tokens == 1000 - 100 - len(prompts.answer) - 1
+    direct = make_prompts(TeacherConfig(num_candidates=4), tokenizer, titles, categories, 1000)
+    assert direct.max_prompt_tokens == 999
+    written = make_prompts(
+        TeacherConfig(num_candidates=4, mode="generate"), tokenizer, titles, categories, 1000
+    )
+    ranking = tokenizer.encode("A] > [B] > [C] > [D]", add_special_tokens=False)
+    assert written.answer_tokens == len(ranking) + 1
+    assert written.max_prompt_tokens == 1000 - written.answer_tokens
 
 
 # ---- hostile titles -----------------------------------------------------------------------------
@@ -228,7 +379,7 @@ def test_hostile_titles_all_together(tokenizer, structure):
     history, shown = list(range(1, 11)), list(range(len(HOSTILE) - 19, len(HOSTILE) + 1))
     prompts, numbers = {}, {}
     for name, titles in (("hostile", hostile), ("plain", plain)):
-        built = builder(tokenizer, titles, titles, num_candidates=20)
+        built = builder(tokenizer, titles, titles, num_shown=20)
         prompts[name] = built.build(history, shown)
         numbers[name] = {
             kind: sum(token in structural for token in prompts[name])
@@ -240,7 +391,7 @@ def test_hostile_titles_all_together(tokenizer, structure):
         label = tokenizer.encode(f"[{letter}]", add_special_tokens=False)
         assert count(prompts["hostile"], label) == 1
     lines = tokenizer.decode(prompts["hostile"]).split("\n")
-    start = lines.index("The user's next movie is one of these candidates:") + 1
+    start = lines.index("Candidates:") + 1
     assert [line[:4] for line in lines[start : start + 20]] == [
         f"[{letter}] " for letter in string.ascii_uppercase[:20]
     ]
@@ -262,7 +413,7 @@ def test_any_title_changes_no_token_around_it(tokenizer, structure, title, data)
 def test_blank_titles_have_a_name(tokenizer):
     text = tokenizer.decode(builder(tokenizer, ["", "\u200b", "x"]).build([1], [3, 2, 1]))
     assert "- untitled\n" in text
-    assert "[A] x\n[B] untitled\n[C] untitled\n" in text
+    assert "[A] x\n[B] untitled\n[C] untitled<" in text
 
 
 @pytest.mark.skipif(not BEAUTY.exists(), reason="needs the Amazon Beauty tables")
@@ -271,8 +422,8 @@ def test_no_real_title_holds_a_bracket_line_end_or_control_token(tokenizer, stru
     titles, categories = items["title"].to_list(), items["categories"].to_list()
     assert any("[" in title for title in titles)
     assert any("&" in title and ";" in title for title in titles)
-    real = builder(tokenizer, titles, categories, num_candidates=20)
-    plain = builder(tokenizer, ["x"] * 20, ["y"] * 20, num_candidates=20)
+    real = builder(tokenizer, titles, categories, num_shown=20)
+    plain = builder(tokenizer, ["x"] * 20, ["y"] * 20, num_shown=20)
     structural = set.union(*structure.values())
 
     def placed(prompt: list[int]) -> list[int]:
@@ -287,25 +438,6 @@ def test_no_real_title_holds_a_bracket_line_end_or_control_token(tokenizer, stru
 
 
 # ---- lengths ------------------------------------------------------------------------------------
-
-
-def bytes_tokenizer(
-    merges: list[tuple[str, str]] | None = None, bos: bool = False, template: str | None = None
-) -> PreTrainedTokenizerFast:
-    """One token a byte, save for these merges; no chat template unless given."""
-    merges = merges or []
-    letters = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *(a + b for a, b in merges), "<s>"]
-    vocabulary = {letter: index for index, letter in enumerate(letters)}
-    inner: Any = Tokenizer(models.BPE(vocabulary, merges))
-    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    inner.decoder = decoders.ByteLevel()
-    if bos:
-        inner.post_processor = processors.TemplateProcessing(
-            single="<s> $A", special_tokens=[("<s>", vocabulary["<s>"])]
-        )
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>")
-    tokenizer.chat_template = template  # pyright: ignore
-    return tokenizer
 
 
 TITLES = ["aaa", "bbb", "ccc", "ddd", "eee", "x" * 60]
@@ -323,33 +455,36 @@ def test_only_the_most_recent_titles_are_shown(tokenizer):
     assert shown_history(prompts, []) == []
 
 
-def test_oldest_history_goes_first_and_no_candidate_goes():
+def test_oldest_history_goes_first_and_no_candidate_goes(bytes_tokenizer):
     tokenizer = bytes_tokenizer()
     room = len(builder(tokenizer, TITLES[:5]).build([], [1, 2, 3])) + 1
     line = len("- aaa\n")
+    # Joined, lines have one line end fewer.
     for lines in range(6):
         for spare in (0, line - 1):
-            prompts = builder(tokenizer, TITLES[:5], max_context_tokens=room + lines * line + spare)
+            taken = max(0, lines * line - 1)
+            limit = room + taken + (spare if lines else min(spare, line - 2))
+            prompts = builder(tokenizer, TITLES[:5], max_context_tokens=limit)
             prompt = prompts.build([1, 2, 3, 4, 5], [1, 2, 3])
             # One place of the context is left for the identifier.
-            assert len(prompt) == room - 1 + lines * line < prompts.max_prompt_tokens + 1
+            assert len(prompt) == room - 1 + taken < prompts.max_prompt_tokens + 1
             assert shown_history(prompts, [1, 2, 3, 4, 5]) == TITLES[5 - lines : 5]
             assert "[A] aaa\n[B] bbb\n[C] ccc\n" in str(tokenizer.decode(prompt))
 
 
-def test_history_that_is_shown_has_no_gap():
+def test_history_that_is_shown_has_no_gap(bytes_tokenizer):
     """A title too long for the room ends the history: an older one is not put in its place."""
     tokenizer = bytes_tokenizer()
     titles = [*TITLES[:5], "x" * 30]
-    room = len(builder(tokenizer, titles, num_candidates=2).build([], [5, 6])) + 1
-    prompts = builder(tokenizer, titles, num_candidates=2, max_context_tokens=room + 20)
+    room = len(builder(tokenizer, titles, num_shown=2).build([], [5, 6])) + 1
+    prompts = builder(tokenizer, titles, num_shown=2, max_context_tokens=room + 20)
     text = str(tokenizer.decode(prompts.build([1, 6, 2, 3], [4, 5])))
     assert [line for line in text.split("\n") if line.startswith("- ")][-2:] == ["- bbb", "- ccc"]
     text = str(tokenizer.decode(prompts.build([1, 2, 6, 3], [5, 6])))
     assert [line for line in text.split("\n") if line.startswith("- ")] == ["- ccc"]
 
 
-def test_candidates_that_cannot_fit_are_refused_at_once():
+def test_candidates_that_cannot_fit_are_refused_at_once(bytes_tokenizer):
     tokenizer = bytes_tokenizer()
     categories = ["k", "", "", "", "", "l" * 25]
     # The three longest: item 6, item 1, and any other.
@@ -360,13 +495,13 @@ def test_candidates_that_cannot_fit_are_refused_at_once():
         builder(tokenizer, TITLES, categories, max_context_tokens=longest)
     message = str(caught.value)
     assert f"3 candidates can take {longest} tokens" in message
-    assert f"leaves {longest - 1}" in message
+    assert f"context of {longest} leaves {longest - 1}" in message
     assert "teacher.max_title_tokens (now 32)" in message
-    assert "teacher.num_candidates" in message
+    assert "teacher.window or teacher.num_candidates" in message
 
 
 @pytest.mark.parametrize("limit", [1, 2, 7, 1000])
-def test_titles_and_categories_are_cut_each_to_the_limit(limit):
+def test_titles_and_categories_are_cut_each_to_the_limit(bytes_tokenizer, limit):
     tokenizer = bytes_tokenizer()
     titles, categories = ["t" * 300, "u", "v"], ["c" * 300, "", ""]
     prompts = builder(tokenizer, titles, categories, max_title_tokens=limit)
@@ -376,55 +511,48 @@ def test_titles_and_categories_are_cut_each_to_the_limit(limit):
     assert "[A]" + (" " + "t" * 300)[:cut] + " |" + (" " + "c" * 300)[:cut] in lines
 
 
-def test_a_wrong_number_of_candidates_is_no_prompt(tokenizer):
-    with pytest.raises(ValueError, match="zip"):
-        builder(tokenizer, TITLES).build([1], [1, 2])
-
-
 # ---- tokenizers ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("merges", "broken"),
-    [
-        ([("[", "A")], "'A'"),  # the bracket before the identifier is not there any more
-        ([("B", "]")], "'B'"),
-        ([("[", "A"), ("C", "]")], "'A', 'C'"),
-    ],
-)
-def test_identifiers_that_are_no_single_tokens_are_named(merges, broken):
-    with pytest.raises(TeacherError) as caught:
-        builder(bytes_tokenizer(merges), TITLES)
-    message = str(caught.value)
-    assert f"does not keep {broken} as single tokens after 'Ranking: ['" in message
-    assert "teacher.model" in message
-    assert "teacher.num_candidates" in message
-
-
-def test_identifiers_beyond_the_broken_one_do_not_matter():
-    tokenizer = bytes_tokenizer([("D", "]")])
-    assert len(builder(tokenizer, TITLES, num_candidates=3).identifier_ids) == 3
-    with pytest.raises(TeacherError, match="'D'"):
-        builder(tokenizer, TITLES, num_candidates=4)
+def test_identifiers_that_cannot_be_told_end_it(bytes_tokenizer):
+    with pytest.raises(TeacherError, match="does not keep 'A', 'C' as single tokens after"):
+        builder(bytes_tokenizer([("[", "A"), ("C", "]")]), TITLES)
 
 
 @pytest.mark.parametrize("bos", [False, True])
-def test_without_a_chat_template(bos):
+def test_without_a_chat_template(bytes_tokenizer, bos):
     """Plain text, with the first token that the tokenizer itself would put there."""
     tokenizer = bytes_tokenizer(bos=bos)
     prompts = builder(tokenizer, TITLES)
     prompt = prompts.build([4, 5], [1, 2, 3])
     assert prompt.count(tokenizer.get_vocab()["<s>"]) == bos
     text = str(tokenizer.decode(prompt))
-    assert text.removeprefix("<s>").startswith("These are the last movies that a user chose")
-    assert text.endswith("joined by >.\nRanking: [")
+    assert text.removeprefix("<s>").startswith("You are the ranking component of a recommender")
+    assert text.endswith("[C] ccc\nRanking: [")
     # The tokenizer's own reading of the same text, with the beginning that it adds.
     assert prompt == tokenizer(text.removeprefix("<s>")).input_ids
-    identifiers = [tokenizer.decode([token]) for token in prompts.identifier_ids]
+    identifiers = [tokenizer.decode([token]) for token in prompts.identifiers.first_tokens]
     assert identifiers == ["A", "B", "C"]
 
 
-def test_tokenizer_that_normalises_finds_nothing_either():
+@pytest.mark.parametrize("scheme", ["always", "first"])
+def test_tokenizers_that_put_a_space_before_every_text(prefixing_tokenizer, scheme):
+    """Llama 2, Mistral, Phi 3: read segment by segment, a prompt would be full of spaces."""
+    tokenizer = prefixing_tokenizer(scheme)
+    prompts = builder(tokenizer, FILMS, GENRES)
+    prompt = prompts.build([3, 1], [4, 2, 1])
+    text = str(tokenizer.decode(prompt))
+    assert text.lstrip().startswith("You are the ranking")
+    assert text.endswith(
+        "first:\n- L'Atalante\n- Toy Story (1995)\n\nCandidates:\n[A] (REC) | Horror\n[B] Heat\n"
+        "[C] Toy Story (1995) | Animation, Children's\nRanking: ["
+    )
+    assert prompt == tokenizer.encode(text.lstrip(), add_special_tokens=False)
+    tokens = tokenizer.convert_ids_to_tokens(list(prompts.identifiers.first_tokens))
+    assert tokens == ["A", "B", "C"]
+
+
+def test_tokenizer_that_normalises_finds_nothing_either(bytes_tokenizer):
     """The vertical brackets became square ones under NFKC, after the escaping."""
     tokenizer: Any = bytes_tokenizer()
     tokenizer.backend_tokenizer.normalizer = normalizers.NFKC()
@@ -440,18 +568,3 @@ def test_tokenizer_that_normalises_finds_nothing_either():
         after = plain[place + 1 :]
         assert hostile[-len(after) :] == after
         assert not forbidden & set(hostile[place : -len(after)])
-
-
-def test_chat_template_with_a_beginning_and_a_closed_thinking_block():
-    template = (
-        "<s>{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
-        "{% if add_generation_prompt %}assistant: "
-        "{% if enable_thinking is false %}<think></think>{% endif %}{% endif %}"
-    )
-    tokenizer = bytes_tokenizer(bos=True, template=template)
-    prompt = builder(tokenizer, TITLES).build([4], [1, 2, 3])
-    text = str(tokenizer.decode(prompt))
-    assert text.startswith("<s>user: These are the last")
-    assert text.endswith("joined by >.\nassistant: <think></think>Ranking: [")
-    # The template's own beginning; the tokenizer's would be a second one.
-    assert prompt.count(tokenizer.get_vocab()["<s>"]) == 1
