@@ -3,6 +3,10 @@
     python scripts/benchmark.py student --data amazon-beauty                  # beside RecTools
     python scripts/benchmark.py student --data ml-1m --max-length 200
     python scripts/benchmark.py catalogue                                     # as items grow
+    python scripts/benchmark.py teacher --rows 64 --exactness                 # beside generate
+    python scripts/benchmark.py teacher --model 7b --rows 8 256               # on a GPU
+    python scripts/benchmark.py teacher --memory
+    python scripts/benchmark.py teacher --loop
 
 `student` installs RecTools into an environment of its own in the cache folder, once. Each
 subcommand has its `--help`. Tables go to stdout, progress to stderr, everything measured to
@@ -17,6 +21,7 @@ from pathlib import Path
 from cotrain.benchmarks.settings import (
     CatalogueSettings,
     StudentSettings,
+    TeacherSettings,
     add_options,
     read_options,
 )
@@ -25,7 +30,9 @@ from cotrain.errors import ConfigError, CotrainError
 COMMANDS = {
     "student": (StudentSettings, "one epoch and one evaluation beside RecTools' SASRec"),
     "catalogue": (CatalogueSettings, "step time, retrieval time and memory as the catalogue grows"),
+    "teacher": (TeacherSettings, "verdicts beside the plain generate loop; memory; a run's loop"),
 }
+QUICKSTART = Path(__file__).parent / "recipes" / "quickstart.yaml"
 
 
 def main(argv: list[str]) -> int:
@@ -45,10 +52,14 @@ def main(argv: list[str]) -> int:
         from cotrain.benchmarks import student
 
         result = student.run(settings)
-    else:
+    elif isinstance(settings, CatalogueSettings):
         from cotrain.benchmarks import catalogue
 
         result = catalogue.run(settings)
+    else:
+        from cotrain.benchmarks import teacher
+
+        result = teacher.run(settings, QUICKSTART)
     if target is not None:
         target.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return 0

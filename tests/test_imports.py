@@ -32,7 +32,7 @@ BELOW = {
     },
     "cotrain.benchmarks": {
         "cotrain.errors", "cotrain.config", "cotrain.assets", "cotrain.data", "cotrain.runtime",
-        "cotrain.student", "cotrain.evaluation", "cotrain.distill",
+        "cotrain.student", "cotrain.teacher", "cotrain.evaluation", "cotrain.distill",
     },
 }  # fmt: skip
 PURE = [

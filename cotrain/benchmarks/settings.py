@@ -10,6 +10,7 @@ from cotrain.config import Leaf, leaves, option
 from cotrain.errors import ConfigError
 
 T = TypeVar("T")
+SHAPE_7B = "7b"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,12 +69,56 @@ class CatalogueSettings:
     json: str | None = option(None, "File for everything that was measured.")
 
 
+@dataclasses.dataclass(frozen=True)
+class TeacherSettings:
+    """The teacher engine beside the plain generate loop: same weights, prompts and machine."""
+
+    model: str = option(
+        "smollm2-135m-instruct",
+        "Causal language model: a known asset, a folder or a hub name; 7b: random weights in the "
+        "shape of a 7B model and random prompts of 350 to 500 tokens, for a machine without any.",
+    )
+    data: str = option("ml-100k", "Data set of the prompts: a known name or a prepared folder.")
+    rows: tuple[int, ...] = option((64,), "Rows ranked at once.", ge=1)
+    quantization: tuple[Literal["nf4", "int8", "bf16", "fp32"], ...] = option(
+        ("nf4",), "Weights, of both sides."
+    )
+    compute: Literal["auto", "fp32", "bf16"] = option(
+        "auto", "What products are computed in, as teacher.compute; the plain loop follows it."
+    )
+    compile: Literal["auto", "on", "off"] = option("auto", "As teacher.compile.")
+    batch_tokens: int | None = option(
+        None, "As teacher.batch_tokens; the plain loop takes all rows at once.", ge=1
+    )
+    num_candidates: int = option(20, "Candidates of a row.", ge=2, le=26)
+    history_length: int = option(10, "Titles of a row's history.", ge=1)
+    threads: int | None = option(None, "CPU threads of each side; none: one a core.", ge=1)
+    repeats: int = option(3, "Times that each side is measured, in turn.", ge=1)
+    seed: int = option(0, "Seed of the rows, and of random weights.", ge=0)
+    exactness: bool = option(
+        False, "Measure every setting of ours, too: its rate, and how near it is to fp32."
+    )
+    memory: bool = option(
+        False,
+        "Only show what a co-training step with a 7B teacher, 32 rows asked, takes of a GPU's "
+        "memory: measured on one, and without one from traces of all allocations.",
+    )
+    loop: bool = option(
+        False, "Only time a short co-training run, for the share of its time that is the teacher's."
+    )
+    json: str | None = option(None, "File for everything that was measured.")
+
+
 def add_options(parser: argparse.ArgumentParser, settings: type) -> None:
     """One `--name-with-hyphens` for each field of a settings dataclass."""
     for leaf in leaves(settings):
         kind, many = _kind(leaf)
         choices = typing.get_args(kind) if typing.get_origin(kind) is Literal else None
         metadata, default = leaf.field.metadata, leaf.field.default
+        name = f"--{leaf.name.replace('_', '-')}"
+        if kind is bool:
+            parser.add_argument(name, dest=leaf.name, action="store_true", help=metadata["help"])
+            continue
         shown = (
             " ".join(map(str, typing.cast(tuple, default)))
             if many
@@ -84,7 +129,7 @@ def add_options(parser: argparse.ArgumentParser, settings: type) -> None:
         bounds = ", ".join(f"{sign} {bound}" for sign, bound in metadata["bounds"].items())
         text = f"{metadata['help']} Default: {shown}." + (f" Range: {bounds}." if bounds else "")
         parser.add_argument(
-            f"--{leaf.name.replace('_', '-')}",
+            name,
             dest=leaf.name,
             type=str if choices else kind,
             nargs="+" if many else None,
@@ -123,10 +168,20 @@ def _contradictions(values: dict[str, Any]) -> list[str]:
     problems = []
     if values.get("items") is not None and values.get("interactions") is None:
         problems.append("--items is set without --interactions; set both, or neither.")
-    size, heads = values["hidden_size"], values["num_heads"]
+    size, heads = values.get("hidden_size", 0), values.get("num_heads", 0)
     if heads >= 1 and size % heads:
         problems.append(
             f"--hidden-size {size} is not a multiple of --num-heads {heads}; change one of them."
+        )
+    if values.get("memory") and values.get("loop"):
+        problems.append("--memory and --loop are each measured alone; set one of them.")
+    if values.get("exactness") and (values["memory"] or values["loop"]):
+        problems.append("--exactness belongs to the comparison, which --memory and --loop replace.")
+    unmade = {"int8", "fp32"} & {*values.get("quantization", ())}
+    if values.get("model") == SHAPE_7B and (unmade or values["compute"] == "fp32"):
+        problems.append(
+            f"--model {SHAPE_7B} is made as nf4 or bf16 and computes in bf16; leave --compute auto "
+            f"and --quantization one of these, or name a model."
         )
     return problems
 

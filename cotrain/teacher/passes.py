@@ -82,8 +82,8 @@ class Passes:
         Returns:
             (B, H) in the model's compute dtype.
         """
-        # Behind a prefix attention needs a mask, which on a CPU with bf16 products costs more than the
-        # prefix saves (4.9 against 5.2 rows/s for SmolLM2-135M, 106 of 620 tokens shared).
+        # Behind a prefix attention needs a mask, which on a CPU with bf16 products costs more than
+        # the prefix saves (4.9 against 5.2 rows/s for SmolLM2-135M, 106 of 620 tokens shared).
         backbone = self.backbone
         pays = backbone.device.type != "cpu" or backbone.compute != "bf16"
         shared = self.shared(prompts) if pays else None
