@@ -275,7 +275,7 @@ class RankLLM:
 
         def mean(values: Tensor) -> Tensor:
             """Over the shuffles that have a verdict; zeros where none has."""
-            by_shuffle = values.view(shuffles, num_rows, -1) * good[..., None]
+            by_shuffle = values.view(shuffles, num_rows, values.shape[1]) * good[..., None]
             return by_shuffle.sum(0) / good.sum(0).clamp(min=1)[:, None]
 
         valid = good.any(0)
