@@ -170,7 +170,7 @@ class TeacherConfig:
     batch_tokens: int | None = option(
         None,
         "Prompt tokens, padding included, in one forward pass; halved when memory runs out. none: "
-        "8192 on a GPU, 2048 on a CPU, where more only leaves the cache.",
+        "8192, but 2048 for direct on a CPU, where more only leaves the cache.",
         ge=1,
     )
     compile: Literal["auto", "on", "off"] = option(

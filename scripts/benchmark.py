@@ -7,6 +7,8 @@
     python scripts/benchmark.py teacher --model 7b --rows 8 256               # on a GPU
     python scripts/benchmark.py teacher --memory
     python scripts/benchmark.py teacher --loop
+    python scripts/benchmark.py modes                                         # what it says
+    python scripts/benchmark.py parity                                        # of every family
 
 `student` installs RecTools into an environment of its own in the cache folder, once. Each
 subcommand has its `--help`. Tables go to stdout, progress to stderr, everything measured to
@@ -20,6 +22,8 @@ from pathlib import Path
 
 from cotrain.benchmarks.settings import (
     CatalogueSettings,
+    ModesSettings,
+    ParitySettings,
     StudentSettings,
     TeacherSettings,
     add_options,
@@ -31,6 +35,8 @@ COMMANDS = {
     "student": (StudentSettings, "one epoch and one evaluation beside RecTools' SASRec"),
     "catalogue": (CatalogueSettings, "step time, retrieval time and memory as the catalogue grows"),
     "teacher": (TeacherSettings, "verdicts beside the plain generate loop; memory; a run's loop"),
+    "modes": (ModesSettings, "verdicts, whole orders, cost and position bias of every mode"),
+    "parity": (ParitySettings, "the teacher's engine against generate, by family of models"),
 }
 QUICKSTART = Path(__file__).parent / "recipes" / "quickstart.yaml"
 
@@ -56,6 +62,14 @@ def main(argv: list[str]) -> int:
         from cotrain.benchmarks import catalogue
 
         result = catalogue.run(settings)
+    elif isinstance(settings, ModesSettings):
+        from cotrain.benchmarks import modes
+
+        result = modes.run(settings)
+    elif isinstance(settings, ParitySettings):
+        from cotrain.benchmarks import parity
+
+        result = parity.run(settings)
     else:
         from cotrain.benchmarks import teacher
 

@@ -149,8 +149,10 @@ def test_words_that_are_no_option_and_options_without_a_value():
         ("train.control", "1", "true or false"),
         ("teacher.quantization", "fp64", "one of nf4, int8, bf16, fp32"),
         ("teacher.quantization", "NF4", "one of nf4, int8, bf16, fp32"),
-        ("teacher.mode", "generate", "one of direct"),
-        ("distill.confidence", "true", "one of entropy, none"),
+        ("teacher.mode", "listwise", "one of direct, generate, cot"),
+        ("distill.confidence", "true", "one of entropy, agreement, none"),
+        ("teacher.window", "all", "a whole number or none"),
+        ("teacher.batch_tokens", "8k", "a whole number or none"),
     ],
 )
 def test_wrong_types(tmp_path, name, value, expected):
@@ -199,7 +201,12 @@ NUMERIC = [leaf for leaf in leaves() if leaf.field.metadata["bounds"]]
 # The neighbours of a bound, inside and outside.
 STEPS = {"≥": (0, -1), ">": (1, 0), "≤": (0, 1), "<": (-1, 0)}
 # Accepted values that only another setting could contradict.
-COMPANIONS = {"train.epochs": ["--train.warmup_epochs=0"], "student.num_heads": []}
+COMPANIONS = {
+    "train.epochs": ["--train.warmup_epochs=0"],
+    "student.hidden_size": ["--student.num_heads=1"],
+    "teacher.num_candidates": ["--teacher.identifiers=numbers"],
+    "teacher.window": ["--teacher.identifiers=numbers"],
+}
 
 
 @pytest.mark.parametrize("leaf", NUMERIC, ids=lambda leaf: leaf.name)
@@ -208,8 +215,6 @@ def test_every_range_ends_where_it_says(leaf):
     for sign, bound in leaf.field.metadata["bounds"].items():
         inside, outside = (bound + step * unit for step in STEPS[sign])
         options = COMPANIONS.get(leaf.name, [])
-        if leaf.name == "student.hidden_size":
-            options = ["--student.num_heads=1"]
         assert value_of(parse([*options, f"--{leaf.name}={inside!r}"]), leaf.name) == inside
         (line,) = mistakes(*options, f"--{leaf.name}={outside!r}")
         assert line.startswith(f"{leaf.name} is ")
@@ -268,7 +273,7 @@ def test_all_mistakes_in_one_message(tmp_path):
         "--eval.batch_size has no value; expected --eval.batch_size VALUE.",
         f"{file}: unknown setting 'train.epoch'; the nearest known one is 'train.epochs'.",
         f"{file}: train.batch_size is 2.5; expected a whole number.",
-        "command line: teacher.mode is 'x'; expected one of direct.",
+        "command line: teacher.mode is 'x'; expected one of direct, generate, cot.",
         "distill.lambda_rank is -1.0; expected ≥ 0.",
         "query.fraction is 1.5; expected ≥ 0 and ≤ 1.",
     ]
@@ -294,6 +299,47 @@ def test_contradictions_of_the_student():
     assert "has no meaning for train.loss gbce" in line
     # Without a teacher nothing waits for the end of the warm-up.
     assert parse(["--teacher.model=none", "--train.epochs=2"]).teacher.model is None
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["num_candidates=27"], "27 candidates in one prompt, but teacher.identifiers letters"),
+        (["num_candidates=60", "window=40"], "40 candidates in one prompt, but"),
+        (["stride=21"], "teacher.stride 21 is wider than the 20 candidates of a window"),
+        (["num_candidates=60", "window=10", "stride=11"], "teacher.stride 11 is wider than the 10"),
+        (["compute=bf16", "quantization=int8"], "teacher.compute bf16 has no meaning for teacher.q"),
+        (["compute=fp32", "quantization=bf16"], "teacher.compute fp32 has no meaning for teacher.q"),
+    ],
+)
+def test_contradictions_of_the_teacher(options: list[str], expected: str):
+    (line,) = mistakes(*(f"--teacher.{option}" for option in options))
+    assert line.startswith(expected)
+
+
+def test_one_ranking_agrees_with_nothing():
+    (line,) = mistakes("--distill.confidence=agreement")
+    assert line.startswith("distill.confidence is agreement, but teacher.shuffles 1 gives one")
+    config = parse(["--distill.confidence=agreement", "--teacher.shuffles=2"])
+    assert config.distill.confidence == "agreement"
+
+
+@pytest.mark.parametrize(
+    ("options", "num_shown"),
+    [
+        ([], 20),
+        (["num_candidates=26"], 26),
+        (["num_candidates=200", "window=26", "stride=26"], 26),
+        (["num_candidates=100", "identifiers=numbers"], 100),
+        # A window that is wider than the list is the list.
+        (["num_candidates=10", "window=100"], 10),
+        (["compute=bf16", "quantization=nf4"], 20),
+        (["compute=fp32", "quantization=fp32"], 20),
+    ],
+)
+def test_settings_of_the_teacher_that_go_together(options: list[str], num_shown: int):
+    teacher = parse([f"--teacher.{option}" for option in options]).teacher
+    assert teacher.num_shown == num_shown
 
 
 def test_cuts_that_only_one_split_has():

@@ -109,6 +109,31 @@ class TeacherSettings:
     json: str | None = option(None, "File for everything that was measured.")
 
 
+@dataclasses.dataclass(frozen=True)
+class ModesSettings:
+    """What a teacher says in each of its modes, on the same real prompts."""
+
+    model: str = option(
+        "smollm2-135m-instruct", "Causal language model: a known asset, a folder or a hub name."
+    )
+    data: str = option("ml-100k", "Data set of the prompts: a known name or a prepared folder.")
+    template: str = option("movies", "Prompt template, as teacher.template.")
+    rows: int = option(64, "Rows measured; as many others calibrate.", ge=1)
+    quantization: Literal["nf4", "int8", "bf16", "fp32"] = option("nf4", "Weights.")
+    num_candidates: int = option(20, "Candidates of a row.", ge=11, le=26)
+    samples: int = option(3, "Reasonings that are printed.", ge=0)
+    seed: int = option(0, "Seed of the rows.", ge=0)
+    json: str | None = option(None, "File for everything that was measured.")
+
+
+@dataclasses.dataclass(frozen=True)
+class ParitySettings:
+    """The teacher's engine against `generate`, on a tiny random model of each family."""
+
+    seeds: int = option(3, "Random models of each family.", ge=1)
+    json: str | None = option(None, "File for everything that was measured.")
+
+
 def add_options(parser: argparse.ArgumentParser, settings: type) -> None:
     """One `--name-with-hyphens` for each field of a settings dataclass."""
     for leaf in leaves(settings):
@@ -177,11 +202,15 @@ def _contradictions(values: dict[str, Any]) -> list[str]:
         problems.append("--memory and --loop are each measured alone; set one of them.")
     if values.get("exactness") and (values["memory"] or values["loop"]):
         problems.append("--exactness belongs to the comparison, which --memory and --loop replace.")
+    if values.get("exactness") and values["model"] == SHAPE_7B:
+        problems.append(f"--exactness needs trained weights, which --model {SHAPE_7B} has not.")
+    if values.get("loop") and values["model"] == SHAPE_7B:
+        problems.append(f"--loop needs a model to load, which --model {SHAPE_7B} is not.")
     unmade = {"int8", "fp32"} & {*values.get("quantization", ())}
     if values.get("model") == SHAPE_7B and (unmade or values["compute"] == "fp32"):
         problems.append(
-            f"--model {SHAPE_7B} is made as nf4 or bf16 and computes in bf16; leave --compute auto "
-            f"and --quantization one of these, or name a model."
+            f"--model {SHAPE_7B} is made in nf4 or bf16 and computes in bf16; take one of these as "
+            "--quantization and leave --compute, or name another model."
         )
     return problems
 

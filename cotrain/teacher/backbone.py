@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +11,8 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 import transformers
-from peft import PeftConfig
+from peft import PeftConfig, PeftType
+from peft.tuners.tuners_utils import check_target_module_exists
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
@@ -89,33 +91,81 @@ class Backbone:
             name: To switch by; an adapter of that name is replaced.
 
         Raises:
-            TeacherError: There is no adapter, or it does not fit this model.
+            TeacherError: There is no adapter, it is no LoRA, or it does not fit this model. Another
+                that was in use stays so.
         """
+        config = self._adapter_config(source)
+        before = self.adapter
+        self._remove_adapter(name)
         try:
             with _quiet_loading():
-                PeftConfig.from_pretrained(source)
-                if name in self.adapters:
-                    self.model.delete_adapter(name)
-                loaded = self.model.load_adapter(source, adapter_name=name)
+                loaded = self.model.load_adapter(
+                    source, adapter_name=name, ignore_mismatched_sizes=True
+                )
         except (OSError, ValueError, KeyError, RuntimeError) as error:
-            raise TeacherError(
-                f"The adapter {source!r} cannot be put onto {self.name!r}: {error}\nExpected a "
-                "folder that peft's save_pretrained wrote, or a hub name, of a LoRA adapter "
-                "trained on this model."
-            ) from error
-        unplaced = [*loaded.missing_keys, *loaded.unexpected_keys, *loaded.mismatched_keys]
-        if unplaced:
+            self._back_to(before, without=name)
+            raise self._no_adapter(source, error) from error
+        # Where the name is part of one of the model's own, those count as missing too.
+        missing = [key for key in loaded.missing_keys if name in key.split(".")]
+        mismatched = [key for key, *_ in loaded.mismatched_keys]
+        if unplaced := {*missing, *loaded.unexpected_keys, *mismatched}:
+            self._back_to(before, without=name)
             raise TeacherError(
                 f"The adapter {source!r} does not fit {self.name!r}: no place of its shape for "
-                f"{some_of(sorted(map(str, unplaced)))}. Expected an adapter trained on this model."
+                f"{some_of(sorted(unplaced))}. Expected an adapter trained on this model."
             )
-        self.model.requires_grad_(False).eval()
-        digest = hashlib.sha256()
+        self.model.eval()
+        # Its settings too: the same weights with another lora_alpha are another adapter.
+        settings = json.dumps(config.to_dict(), sort_keys=True, default=_stable)
+        digest = hashlib.sha256(settings.encode())
         for key, value in sorted(self.model.get_adapter_state_dict(name).items()):
             digest.update(key.encode())
             digest.update(value.detach().float().cpu().numpy().tobytes())
         self.adapters[name] = digest.hexdigest()[:16]
         self.use_adapter(name)
+
+    def _adapter_config(self, source: str) -> PeftConfig:
+        """Of what can be switched off again, and leaves the output head's rows to be read.
+
+        Raises:
+            TeacherError: There is none, or not of a LoRA of other layers alone.
+        """
+        try:
+            with _quiet_loading():
+                config = PeftConfig.from_pretrained(source)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise self._no_adapter(source, error) from error
+        head = self.model.get_output_embeddings()
+        name = next(name for name, module in self.model.named_modules() if module is head)
+        if config.peft_type != PeftType.LORA:
+            problem = f"is of kind {config.peft_type}, not LORA"
+        elif whole := getattr(config, "modules_to_save", None):
+            problem = f"replaces whole layers, {some_of(sorted(whole))}"
+        elif check_target_module_exists(config, name):
+            problem = f"changes the output head {name!r}, of which single rows are read"
+        else:
+            return config
+        raise TeacherError(
+            f"The adapter {source!r} {problem}. Merge it into {self.name!r} (peft's "
+            "merge_and_unload), save that, and set it as teacher.model."
+        )
+
+    def _no_adapter(self, source: str, error: Exception) -> TeacherError:
+        return TeacherError(
+            f"The adapter {source!r} cannot be put onto {self.name!r}: {error}\nExpected a folder "
+            "that peft's save_pretrained wrote, or a hub name, of a LoRA adapter trained on this "
+            "model."
+        )
+
+    def _remove_adapter(self, name: str) -> None:
+        if name in getattr(self.model, "peft_config", {}):
+            self.model.delete_adapter(name)
+        self.adapters.pop(name, None)
+
+    def _back_to(self, adapter: str | None, without: str) -> None:
+        """After an adapter could not be loaded, or only in part."""
+        self._remove_adapter(without)
+        self.use_adapter(adapter if adapter in self.adapters else None)
 
     def use_adapter(self, name: str | None) -> None:
         """Switch to a loaded adapter, or to none.
@@ -130,6 +180,7 @@ class Backbone:
         if name is not None:
             self.model.enable_adapters()
             self.model.set_adapter(name)
+            self.model.requires_grad_(False)  # peft takes the one in use to be trained
         elif self.adapters:
             self.model.disable_adapters()
         self.adapter = name
@@ -225,8 +276,13 @@ def load_backbone(
             f"teacher.model {name!r} is no trained causal language model: its weights lack "
             f"{some_of(sorted(loading['missing_keys']))}. Expected a decoder with its output head."
         )
-    if not isinstance(model.get_output_embeddings(), nn.Linear):
-        raise TeacherError(f"teacher.model {name!r} has no output head to read identifiers from.")
+    has_head = isinstance(model.get_output_embeddings(), nn.Linear)
+    if not has_head or model.get_decoder() is model:
+        missing = "decoder of its own" if has_head else "output head"
+        raise TeacherError(
+            f"teacher.model {name!r} has no {missing} to read identifiers from. Choose another "
+            "teacher.model."
+        )
     model.requires_grad_(False).eval()
     if on_cpu and compute == "bf16":
         cpu.compute_in_bf16(model)
@@ -235,7 +291,8 @@ def load_backbone(
     backbone = Backbone(model, tokenizer, name, quantization, compute)
     _check_logits(backbone)
     if adapter is not None:
-        backbone.load_adapter(resolve_model(adapter) if Path(adapter).exists() else adapter)
+        folder = Path(adapter).expanduser()
+        backbone.load_adapter(str(folder) if folder.is_dir() else adapter)
     return backbone
 
 
@@ -249,6 +306,8 @@ def _check_logits(backbone: Backbone) -> None:
     vocabulary = backbone.model.config.get_text_config().vocab_size
     ids = torch.arange(1, 9, device=backbone.device)[None] % vocabulary
     own = backbone.model(input_ids=ids, use_cache=False).logits[:, -1].float()
+    if not own.isfinite().all():
+        return  # every verdict says so
     state = backbone.decoder(input_ids=ids, use_cache=False).last_hidden_state[:, -1]
     ours = backbone.token_logits(state, torch.arange(own.shape[1], device=backbone.device))
     gap = (ours - own).norm() / own.norm()
@@ -274,6 +333,11 @@ def _quantization_config(
     if quantization == "int8":
         return BitsAndBytesConfig(load_in_8bit=True)
     return None
+
+
+def _stable(value: Any) -> Any:
+    """What has no form in JSON, the same in every process."""
+    return sorted(value) if isinstance(value, (set, frozenset)) else str(value)
 
 
 @contextlib.contextmanager

@@ -1,11 +1,13 @@
 """Work in groups of rows under a token budget that shrinks when memory runs out."""
 
 import gc
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
+from tqdm import tqdm
 
 
 def plan_micro_batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
@@ -58,7 +60,8 @@ class TokenBudget:
             # Here, and not where it is caught: there the failed pass is still held in memory.
             _free()
             longest = max(lengths[row] for row in rows)
-            before, self.tokens = self.tokens, max(1, min(self.tokens, len(rows) * longest) // 2)
+            # Half of what failed: where that was one long row, other rows may fit as before.
+            before, self.tokens = self.tokens, max(1, min(self.tokens, len(rows) * longest // 2))
             self.backoffs.append(
                 {
                     "from_tokens": before,
@@ -66,6 +69,11 @@ class TokenBudget:
                     "rows": len(rows),
                     "longest": longest,
                 }
+            )
+            tqdm.write(
+                f"The teacher ran out of memory with {len(rows)} rows of up to {longest:,} tokens; "
+                f"its token budget goes from {before:,} to {self.tokens:,}.",
+                file=sys.stderr,
             )
             if len(rows) == 1:
                 yield rows, False

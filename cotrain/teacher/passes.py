@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
+from cotrain.errors import TeacherError
 from cotrain.teacher.backbone import Backbone
 from cotrain.teacher.compiled import eager
 
@@ -113,6 +114,8 @@ class Passes:
     def _compute_prefix(self) -> SharedPrefix | None:
         # Without the model's settings every layer keeps everything, also where it will only ever
         # look back a window: the mask does the rest.
+        if not self._keeps_keys_only():
+            return None
         cache = DynamicCache()
         self._decode(torch.tensor([self.prefix]), cache=cache)
         layers = [layer for layer in cache.layers if type(layer) is DynamicLayer]
@@ -123,6 +126,24 @@ class Passes:
             return SharedPrefix(cache)
         except (RuntimeError, TypeError):  # layers of several shapes
             return None
+
+    def _keeps_keys_only(self) -> bool:
+        kept = DynamicCache(config=self.backbone.model.config).layers
+        return all(isinstance(layer, DynamicLayer) for layer in kept)
+
+    def check_steps(self) -> None:
+        """Whether prompts can be continued by what their pass has left.
+
+        Raises:
+            TeacherError: The model keeps something else than keys and values, as recurrent ones do.
+        """
+        if not self._keeps_keys_only():
+            raise TeacherError(
+                f"teacher.model {self.backbone.name!r} keeps something else of a prompt than keys "
+                "and values, so prompts of several lengths cannot be continued at once. Set "
+                "teacher.mode direct, teacher.decision_position predict and teacher.identifiers "
+                "letters, or choose another teacher.model."
+            )
 
     def _right_padded(self, prompts: Sequence[list[int]], shared: SharedPrefix | None) -> Tensor:
         """(B, S, H) of the tokens after the prefix; meaningless at padding."""
@@ -177,6 +198,7 @@ class Steps:
 
     @torch.no_grad()
     def __init__(self, passes: Passes, prompts: Sequence[list[int]], further: int):
+        passes.check_steps()
         self.passes = passes
         shared = passes.shared(prompts)
         config = passes.backbone.model.config.get_text_config()

@@ -61,8 +61,11 @@ class RankLLM:
         self.settings = settings
         self.temperature = temperature
         self.order_temperature = order_temperature
-        tokens = settings.batch_tokens or (2048 if backbone.device.type == "cpu" else 8192)
-        self.budget = TokenBudget(tokens)
+        # More than 2048 at once only leaves a CPU's cache, but writing reads all weights for every
+        # token and wants many rows.
+        on_cpu = backbone.device.type == "cpu"
+        own = 2048 if on_cpu and settings.mode == "direct" else 8192
+        self.budget = TokenBudget(settings.batch_tokens or own)
         self.passes = Passes(backbone, prompts.prefix)
         self.reader = Reader(self.passes, prompts, settings, self.budget)
 

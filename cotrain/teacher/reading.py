@@ -3,8 +3,8 @@ decision state, in each mode."""
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -82,7 +82,12 @@ class Reader:
         """The same for prompts as tokens."""
         looks = [Look(prompt_tokens=len(prompt)) for prompt in prompts]
         keys = [self._key(prompt) for prompt in prompts] if self.settings.memo_rows else []
-        waiting = [row for row in range(len(prompts)) if not keys or keys[row] not in self._memo]
+        for row, key in enumerate(keys):
+            if key in self._memo:
+                looks[row] = self._memo[key]
+                self._memo.move_to_end(key)
+                self.memo_hits += 1
+        waiting = [row for row, look in enumerate(looks) if look.state is None]
         work = {"direct": self._direct, "generate": self._generate, "cot": self._cot}
         bar = tqdm(
             total=len(waiting), desc=progress, unit="rows", leave=False, disable=progress is None
@@ -102,8 +107,8 @@ class Reader:
         _to_cpu([looks[row] for row in waiting])
         for row in waiting:
             _check_finite(looks[row])
-        for row, key in enumerate(keys):
-            self._remember(key, looks, row)
+        if keys:
+            self._remember({keys[row]: looks[row] for row in waiting if not looks[row].failure})
         return looks
 
     # ---- modes: each fills in its looks ---------------------------------------------------------
@@ -179,8 +184,9 @@ class Reader:
             parsed = parse_ranking(text, texts, answer.ended)
             look.generated_tokens = len(answer.tokens)
             look.state = first_state[row]
+            # None again where an attempt that ran out of memory had said otherwise.
+            look.failure = parsed.failure if parsed.first_identifier is None else None
             if parsed.first_identifier is None:
-                look.failure = parsed.failure
                 continue
             look.partial = parsed.failure
             look.ranks = ranks_of_order(parsed.order, len(texts))
@@ -231,24 +237,19 @@ class Reader:
             digest.update(self.bias.numpy().tobytes())
         return digest.digest()
 
-    def _remember(self, key: bytes, looks: list[Look], row: int) -> None:
-        if key in self._memo:
-            known = self._memo[key]
-            if known is not looks[row] and looks[row].state is None:
-                looks[row] = known
-                self.memo_hits += 1
-        elif looks[row].failure is None:
-            self._memo[key] = looks[row]
-        else:
-            return
-        self._memo.move_to_end(key)
+    def _remember(self, looks: Mapping[bytes, Look]) -> None:
+        # What is remembered costs nothing the next time.
+        for key, look in looks.items():
+            self._memo[key] = replace(look, prompt_tokens=0, generated_tokens=0)
         while len(self._memo) > self.settings.memo_rows:
             self._memo.popitem(last=False)
 
 
 def _check_finite(look: Look) -> None:
     for values in (look.state, look.logits):
-        if look.failure is None and values is not None and not values.isfinite().all():
+        # Also where nothing could be parsed: what such a state writes is no fault of its words.
+        broken = values is not None and not values.isfinite().all()
+        if broken and look.failure != "out_of_memory":
             look.failure = "non_finite"
 
 

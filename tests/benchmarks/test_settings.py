@@ -6,7 +6,9 @@ import pytest
 
 from cotrain.benchmarks.settings import (
     CatalogueSettings,
+    ParitySettings,
     StudentSettings,
+    TeacherSettings,
     add_options,
     read_options,
 )
@@ -19,7 +21,9 @@ def parsed(settings: type, *argv: str):
     return read_options(parser.parse_args(argv), settings)
 
 
-@pytest.mark.parametrize("settings", [StudentSettings, CatalogueSettings])
+@pytest.mark.parametrize(
+    "settings", [StudentSettings, CatalogueSettings, TeacherSettings, ParitySettings]
+)
 def test_without_options_the_defaults_hold(settings: type):
     assert parsed(settings) == settings()
 
@@ -31,6 +35,27 @@ def test_options_become_settings_of_their_type():
     assert given == StudentSettings(hidden_size=64, loss="gbce", max_steps=3, json="f")
     given = parsed(CatalogueSettings, "--sizes", "100", "2000", "--losses", "bce")
     assert given == CatalogueSettings(sizes=(100, 2000), losses=("bce",))
+
+
+def test_a_switch_needs_no_value():
+    given = parsed(TeacherSettings, "--exactness", "--rows", "8", "256", "--quantization", "bf16")
+    assert given == TeacherSettings(exactness=True, rows=(8, 256), quantization=("bf16",))
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--memory", "--loop"], "--memory and --loop"),
+        (["--memory", "--exactness"], "--exactness belongs"),
+        (["--model", "7b", "--exactness"], "--exactness needs trained weights"),
+        (["--model", "7b", "--loop"], "--loop needs a model to load"),
+        (["--model", "7b", "--quantization", "nf4", "int8"], "made in nf4 or bf16"),
+        (["--model", "7b", "--compute", "fp32"], "computes in bf16"),
+    ],
+)
+def test_what_cannot_be_measured_together_is_refused(argv: list[str], message: str):
+    with pytest.raises(ConfigError, match=message):
+        parsed(TeacherSettings, *argv)
 
 
 def test_all_mistakes_are_reported_at_once():

@@ -41,7 +41,7 @@ def prepared(tmp_path: Path, tiny_teacher: str, small_tables: tuple[Path, Path])
                     "--student.max_length", "20", "--train.epochs", "3",
                     "--train.warmup_epochs", "1", "--train.batch_size", "16",
                     "--query.fraction", "0.5", "--distill.confidence", "none",
-                    "--teacher.calibration_rows", "8",
+                    "--teacher.calibration_rows", "8", "--teacher.compile", "off",
                     "--output_dir", str(tmp_path / f"run{len(list(tmp_path.iterdir()))}"),
                     *options,
                 ]

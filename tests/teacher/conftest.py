@@ -1,11 +1,18 @@
-"""Small tokenizers whose merges a test chooses."""
+"""Small tokenizers whose merges a test chooses; rankers on real titles."""
 
 from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
+
+from cotrain.config import TeacherConfig
+from cotrain.data.interactions import InteractionData
+from cotrain.teacher.backbone import Backbone, load_backbone
+from cotrain.teacher.prompts import make_prompts
+from cotrain.teacher.ranker import RankLLM
 
 
 def make_bytes_tokenizer(
@@ -55,3 +62,27 @@ def bytes_tokenizer() -> Callable[..., PreTrainedTokenizerFast]:
 @pytest.fixture(scope="session")
 def prefixing_tokenizer() -> Callable[..., PreTrainedTokenizerFast]:
     return make_prefixing_tokenizer
+
+
+@pytest.fixture(scope="session")
+def make_ranker(tiny_teacher: str, ml100k: InteractionData) -> Callable[..., RankLLM]:
+    """`make_ranker(**settings)`: on the tiny teacher, in float32, unless a backbone is given."""
+
+    def make(backbone: Backbone | None = None, **changes: Any) -> RankLLM:
+        short = {"history_length": 5, "max_title_tokens": 16, "item_noun": "movie"}
+        settings = TeacherConfig(**{"num_candidates": 3, **short, **changes})
+        backbone = backbone or load_backbone(tiny_teacher, "fp32", torch.device("cpu"))
+        catalog = ml100k.catalog
+        prompts = make_prompts(
+            settings, backbone.tokenizer, catalog.titles, catalog.categories,
+            backbone.max_context_tokens,
+        )  # fmt: skip
+        return RankLLM(backbone, prompts, settings)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def real_backbone(smollm2: str) -> Backbone:
+    """SmolLM2-135M in float32; tests leave it as it is."""
+    return load_backbone(smollm2, "fp32", torch.device("cpu"))

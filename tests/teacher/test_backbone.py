@@ -1,128 +1,126 @@
-"""The decision state and the identifier logits are the ones of the plain implementation."""
+"""Loading; logits of a few tokens, those of the plain implementation; what is refused."""
 
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import transformers
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import LlamaForCausalLM
 
 from cotrain import assets
+from cotrain.benchmarks.parity import (
+    FAMILIES,
+    gap,
+    generated,
+    random_prompts,
+    state_of,
+    tiny_backbone,
+)
+from cotrain.config import TeacherConfig
 from cotrain.data.interactions import InteractionData
 from cotrain.errors import AssetError, TeacherError
 from cotrain.teacher.backbone import Backbone, load_backbone
-from cotrain.teacher.prompts import PromptBuilder
+from cotrain.teacher.passes import Passes
+from cotrain.teacher.prompts import PromptBuilder, make_prompts
 
 CPU = torch.device("cpu")
 
 
-def relative(ours: Tensor, plain: Tensor) -> float:
-    return float((ours - plain).norm(dim=1).div(plain.norm(dim=1)).max())
-
-
-def real_prompts(backbone: Backbone, data: InteractionData, count: int) -> tuple[list, list]:
-    """Prompts of mixed lengths, and the identifier tokens."""
-    builder = PromptBuilder(
-        backbone.tokenizer, data.catalog.titles, data.catalog.categories, num_candidates=20,
-        item_noun="movie", history_length=10, max_title_tokens=32,
-        max_context_tokens=backbone.max_context_tokens,
+def real_prompts(
+    backbone: Backbone, data: InteractionData, count: int
+) -> tuple[PromptBuilder, list[list[int]]]:
+    """Prompts of mixed lengths."""
+    builder = make_prompts(
+        TeacherConfig(item_noun="movie"), backbone.tokenizer, data.catalog.titles,
+        data.catalog.categories, backbone.max_context_tokens,
     )  # fmt: skip
     prompts = []
     for user in range(count):
         history = data.train_history(user).tolist()
         shown = list(range(1 + 20 * user, 21 + 20 * user))
-        prompts.append(builder.build(history[: 1 + 2 * user], shown))
-    return prompts, builder.identifier_ids
+        prompts.append(builder.build(history[: 1 + 4 * user], shown))
+    return builder, prompts
 
 
-def generated(model: Any, prompt: list[int]) -> tuple[Tensor, Tensor]:
-    """Decision state and logits over the vocabulary, the plain way, for one prompt."""
-    ids = torch.tensor([prompt])
-    output = model.generate(
-        input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=1, do_sample=False,
-        output_hidden_states=True, output_logits=True, return_dict_in_generate=True,
-    )  # fmt: skip
-    return output.hidden_states[0][-1][:, -1], output.logits[0]
+# ---- against the plain implementation -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_of_few_tokens_or_all_are_those_of_every_family(family: str):
+    backbone = tiny_backbone(family, seed=5)
+    plain = [generated(backbone, prompt, 1) for prompt in random_prompts([4, 20, 11], seed=5)]
+    states = torch.cat([state_of(one, 0) for one in plain])
+    logits = torch.cat([one.logits[0] for one in plain])
+    assert gap(backbone.logits(states), logits) < 1e-5
+    few = torch.tensor([7, 90, 5, 7])
+    ours = backbone.token_logits(states, few)
+    assert ours.dtype == torch.float32
+    torch.testing.assert_close(ours, logits[:, few], atol=1e-4, rtol=1e-4)
 
 
 def test_one_pass_agrees_with_generate_on_the_real_model(smollm2: str, ml100k: InteractionData):
     backbone = load_backbone(smollm2, "fp32", CPU)
-    prompts, identifiers = real_prompts(backbone, ml100k, 6)
-    assert len({len(prompt) for prompt in prompts}) > 3
-    states = backbone.decision_states(prompts)
-    logits = backbone.token_logits(states, torch.tensor(identifiers))
-    plain = [generated(backbone.model, prompt) for prompt in prompts]
-    assert relative(states, torch.cat([state for state, _ in plain])) < 1e-4
-    assert relative(logits, torch.cat([scores[:, identifiers] for _, scores in plain])) < 1e-4
+    builder, prompts = real_prompts(backbone, ml100k, 3)
+    assert len({len(prompt) for prompt in prompts}) == 3
+    plain = [generated(backbone, prompt, 1) for prompt in prompts]
+    states = torch.cat([state_of(one, 0) for one in plain])
+    identifiers = torch.tensor(builder.identifiers.first_tokens)
+    logits = torch.cat([one.logits[0] for one in plain])[:, identifiers]
+    for prefix in ([], builder.prefix):
+        ours = Passes(backbone, prefix).last_states(prompts)
+        assert gap(ours, states) < 1e-4
+        assert gap(backbone.token_logits(ours, identifiers), logits) < 1e-4
 
 
-@pytest.mark.parametrize(("quantization", "tolerance"), [("nf4", 1e-4), ("int8", 0.1)])
+# int8 quantises activations by row but picks outlier columns over the whole batch.
+@pytest.mark.parametrize(
+    ("quantization", "compute", "tolerance"),
+    [
+        ("nf4", "fp32", 1e-4),
+        # Slow where the CPU has no matrix units.
+        pytest.param("nf4", "bf16", 0.03, marks=pytest.mark.slow),
+        ("int8", "auto", 0.1),
+    ],
+)
 def test_a_quantised_teacher_agrees_with_itself_batched_and_single(
-    smollm2: str, ml100k: InteractionData, quantization: str, tolerance: float
+    smollm2: str, ml100k: InteractionData, quantization: str, compute: Any, tolerance: float
 ):
-    # int8 quantises activations by row but picks outlier columns over the whole batch.
-    backbone = load_backbone(smollm2, quantization, CPU)
-    prompts, identifiers = real_prompts(backbone, ml100k, 4)
-    batched = backbone.decision_states(prompts)
-    single = torch.cat([backbone.decision_states([prompt]) for prompt in prompts])
-    assert relative(batched, single) < tolerance
-    ids = torch.tensor(identifiers)
-    gap = relative(backbone.token_logits(batched, ids), backbone.token_logits(single, ids))
-    assert gap < tolerance
+    backbone = load_backbone(smollm2, quantization, CPU, compute)
+    builder, prompts = real_prompts(backbone, ml100k, 2)
+    passes = Passes(backbone, builder.prefix)
+    batched = passes.last_states(prompts)
+    single = torch.cat([passes.last_states([prompt]) for prompt in prompts])
+    assert gap(batched, single) < tolerance
+    ids = torch.tensor(builder.identifiers.first_tokens)
+    assert gap(backbone.token_logits(batched, ids), backbone.token_logits(single, ids)) < tolerance
 
 
-FAMILIES = {
-    "llama": {"tie_word_embeddings": True},
-    "mistral": {"sliding_window": 8},
-    "qwen2": {},
-    "qwen3": {"head_dim": 16},
-    "gemma2": {"head_dim": 16, "final_logit_softcapping": 3.0, "sliding_window": 8},
-    "phi": {},
-    "cohere": {"logit_scale": 0.25},
-    "granite": {"logits_scaling": 4.0},
-    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 2},
-}
+# ---- what is refused ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_every_family_gives_what_generate_gives(family: str):
-    torch.manual_seed(0)
-    sizes = {
-        "vocab_size": 100, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
-        "num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 64,
-        "initializer_range": 0.3, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None,
-    }  # fmt: skip
-    config = AutoConfig.for_model(family, **{**sizes, **FAMILIES[family]})
-    model = AutoModelForCausalLM.from_config(config).eval()
-    backbone = Backbone(model, transformers.PreTrainedTokenizerBase(), family, "fp32")
-    lengths = [3, 17, 9, 17]
-    prompts = [torch.randint(2, 100, (length,)).tolist() for length in lengths]
-    states = backbone.decision_states(prompts)
-    tokens = torch.tensor([5, 90, 7])
-    plain = [generated(model, prompt) for prompt in prompts]
-    assert relative(states, torch.cat([state for state, _ in plain])) < 1e-5
-    logits = backbone.token_logits(states, tokens)
-    assert relative(logits, torch.cat([scores[:, tokens] for _, scores in plain])) < 1e-5
+def test_logits_that_are_more_than_the_head_times_the_state_are_refused(
+    tiny_teacher: str, monkeypatch: pytest.MonkeyPatch
+):
+    forward = LlamaForCausalLM.forward
+
+    def transformed(self: Any, *args: Any, **kwargs: Any) -> Any:
+        output = forward(self, *args, **kwargs)
+        output.logits = output.logits + 0.5 * output.logits.roll(1, dims=-1)
+        return output
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", transformed)
+    with pytest.raises(TeacherError, match="its logits are not its output head times"):
+        load_backbone(tiny_teacher, "fp32", CPU)
 
 
-def test_nothing_in_the_teacher_wants_a_gradient(tiny_teacher: str):
-    backbone = load_backbone(tiny_teacher, "nf4", CPU)
-    assert not backbone.model.training
-    assert not any(parameter.requires_grad for parameter in backbone.model.parameters())
-    assert not backbone.decision_states([[1, 2, 3]]).requires_grad
-
-
-def test_nf4_is_four_bit_and_computes_in_fp32_on_cpu(smollm2: str):
-    backbone = load_backbone(smollm2, "nf4", CPU)
-    layer: Any = backbone.model.get_submodule("model.layers.0.self_attn.q_proj")
-    assert type(layer).__name__ == "Linear4bit"
-    assert layer.weight.quant_state.quant_type == "nf4"
-    assert layer.weight.numel() * 2 == layer.in_features * layer.out_features
-    backbone.decision_states([[1, 2, 3]])
-    # Regression: bitsandbytes repacks for a bf16 kernel at the first product where it can.
-    assert layer.weight.quant_state.dtype == torch.float32
+def test_a_decoder_that_cannot_be_had_without_its_head_is_refused(
+    tiny_teacher: str, monkeypatch: pytest.MonkeyPatch
+):
+    """Regression: Llama 4 gives itself as its decoder, which ended in an AttributeError."""
+    monkeypatch.setattr(LlamaForCausalLM, "get_decoder", lambda self: self)
+    with pytest.raises(TeacherError, match="has no decoder of its own"):
+        load_backbone(tiny_teacher, "fp32", CPU)
 
 
 def test_a_folder_without_weights_is_refused(tmp_path: Path, tiny_teacher: str):
@@ -136,3 +134,60 @@ def test_a_model_that_is_no_causal_lm_is_refused():
     encoder = str(assets.fetch("all-minilm-l6-v2"))
     with pytest.raises(TeacherError, match="causal language model"):
         load_backbone(encoder, "fp32", CPU)
+
+
+# ---- what is loaded -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("quantization", "compute"),
+    [("nf4", "fp32"), ("nf4", "bf16"), ("int8", "auto"), ("bf16", "auto"), ("fp32", "auto"),
+     ("fp32", "bf16")],
+)  # fmt: skip
+def test_nothing_in_the_teacher_wants_a_gradient(
+    tiny_teacher: str, quantization: str, compute: Any
+):
+    backbone = load_backbone(tiny_teacher, quantization, CPU, compute)
+    assert backbone.compute == {"auto": {"bf16": "bf16"}.get(quantization, "fp32")}.get(
+        compute, compute
+    )
+    assert not backbone.model.training
+    assert not any(parameter.requires_grad for parameter in backbone.model.parameters())
+    states = Passes(backbone).last_states([[1, 2, 3]])
+    assert not states.requires_grad
+    assert not backbone.token_logits(states, torch.tensor([1, 2])).requires_grad
+    assert backbone.hidden_size == states.shape[1] == 32
+    assert backbone.max_context_tokens == 2048
+
+
+def test_weights_of_a_loaded_teacher_are_counted_whole(tiny_teacher: str):
+    counts = {
+        load_backbone(tiny_teacher, quantization, CPU, compute).num_parameters
+        for quantization, compute in (("fp32", "fp32"), ("nf4", "fp32"), ("nf4", "bf16"))
+    }
+    assert len(counts) == 1
+
+
+def test_tokens_that_end_an_answer_are_the_models_and_the_tokenizers(tiny_teacher: str):
+    backbone = load_backbone(tiny_teacher, "fp32", CPU)
+    end = backbone.tokenizer.eos_token_id
+    config: Any = backbone.model.generation_config
+    for own, expected in ((None, {end}), (7, {7, end}), ([7, 9], {7, 9, end})):
+        config.eos_token_id = own
+        assert backbone.stop_ids == expected
+
+
+def relative(ours: Tensor, plain: Tensor) -> float:
+    return float((ours - plain).norm() / plain.norm())
+
+
+def test_the_output_head_may_have_a_bias(tiny_teacher: str):
+    backbone = load_backbone(tiny_teacher, "fp32", CPU)
+    head: Any = backbone.model.get_output_embeddings()
+    head.bias = torch.nn.Parameter(torch.randn(head.out_features), requires_grad=False)
+    ids = torch.tensor([[5, 6, 7]])
+    plain = backbone.model(ids).logits[:, -1]
+    state = Passes(backbone).last_states(ids.tolist())
+    assert relative(backbone.logits(state), plain) < 1e-6
+    few = torch.tensor([3, 4000])
+    assert relative(backbone.token_logits(state, few), plain[:, few]) < 1e-5
