@@ -10,9 +10,10 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch._dynamo.utils
 
 from cotrain import config as configuration
 from cotrain.config import Config
@@ -25,21 +26,35 @@ from cotrain.teacher.verdict import TeacherVerdict
 EPOCHS, WARMUP_EPOCHS = 3, 1
 
 
+class Moment(NamedTuple):
+    """A reading of both clocks, and the programs that were compiled until then."""
+
+    seconds: float
+    cpu_seconds: float
+    programs: int
+
+
+def now() -> Moment:
+    """This moment."""
+    programs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    return Moment(time.perf_counter(), time.process_time(), programs)
+
+
 class Recorder:
     """A ranker that remembers what it was asked.
 
     Attributes:
         ranker: Does the work.
         asks: Arguments of each call of `rank`.
-        seconds: Spent in them.
-        calibrated_at: When teaching began, by `time.perf_counter`.
+        seconds, cpu_seconds: Spent in them.
+        calibrated_at: When teaching began, by `now`.
     """
 
     def __init__(self, ranker: RankLLM):
         self.ranker = ranker
         self.asks: list[tuple[Sequence[Any], Sequence[Any], Sequence[Any]]] = []
-        self.seconds = 0.0
-        self.calibrated_at = time.perf_counter()
+        self.seconds = self.cpu_seconds = 0.0
+        self.calibrated_at = now()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.ranker, name)
@@ -47,16 +62,18 @@ class Recorder:
     def calibrate(self, *args: Any) -> TeacherVerdict:
         """As the ranker."""
         verdict = self.ranker.calibrate(*args)
-        self.calibrated_at = time.perf_counter()
+        self.calibrated_at = now()
         return verdict
 
     def rank(
         self, histories: Sequence[Any], candidates: Sequence[Any], seeds: Sequence[Any]
     ) -> TeacherVerdict:
         """As the ranker."""
-        started = time.perf_counter()
+        started = now()
         verdict = self.ranker.rank(histories, candidates, seeds)
-        self.seconds += time.perf_counter() - started
+        ended = now()
+        self.seconds += ended.seconds - started.seconds
+        self.cpu_seconds += ended.cpu_seconds - started.cpu_seconds
         self.asks.append((histories, candidates, seeds))
         return verdict
 
@@ -93,20 +110,25 @@ def main(job_path: Path, result_path: Path) -> None:
         ranker: Any = recorder
         run = dataclasses.replace(run, teacher=dataclasses.replace(run.teacher, ranker=ranker))
         fit(state, run)
-        wall_s = time.perf_counter() - recorder.calibrated_at
+        started, ended = recorder.calibrated_at, now()
         run.accelerator.end_training()
     histories, candidates, seeds = (
         [row for ask in recorder.asks for row in ask[place]] for place in range(3)
     )
+    before = now()
     alone = recorder.ranker.rank(histories, candidates, seeds)
-    steps = len(recorder.asks)
+    after = now()
     result = {
         "epochs": EPOCHS - WARMUP_EPOCHS,
-        "steps": steps,
+        "steps": len(recorder.asks),
         "rows": len(seeds),
-        "wall_s": wall_s,
+        "wall_s": ended.seconds - started.seconds,
+        "wall_cpu_s": ended.cpu_seconds - started.cpu_seconds,
         "teacher_s": recorder.seconds,
-        "alone_s": alone.seconds,
+        "teacher_cpu_s": recorder.cpu_seconds,
+        "alone_s": after.seconds - before.seconds,
+        "alone_cpu_s": after.cpu_seconds - before.cpu_seconds,
+        "programs_compiled": ended.programs - started.programs,
         "prompt_tokens": alone.prompt_tokens,
     }
     result_path.write_text(json.dumps(result), encoding="utf-8")

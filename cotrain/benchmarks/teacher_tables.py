@@ -250,18 +250,20 @@ def loop_table(found: dict[str, Any], facts: dict[str, Any]) -> str:
         f"A run of the recipe, {found['epochs']} epochs with the teacher: {found['steps']} steps, "
         f"{rows} rows, with twin and validation",
         "",
-        f"{'':<44}{'seconds':>9}{'rows/s':>9}",
+        f"{'':<46}{'seconds':>9}{'CPU seconds':>13}{'rows/s':>9}",
         *(
-            f"{label:<44}{found[key]:>9.2f}{rows / found[key]:>9.2f}"
+            f"{label:<46}{found[f'{key}_s']:>9.2f}{found[f'{key}_cpu_s']:>13.2f}"
+            f"{rows / found[f'{key}_s']:>9.2f}"
             for key, label in {
-                "wall_s": "the run, from its first step with the teacher",
-                "teacher_s": "of it, in the teacher",
-                "alone_s": "the teacher alone, the same rows at once",
+                "wall": "the run, from its first step with the teacher",
+                "teacher": "of it, in the teacher",
+                "alone": "the teacher alone, the same rows at once",
             }.items()
         ),
         "",
         f"The loop reaches {share:.0%} of the rate of the teacher alone; "
-        f"{found['teacher_s'] / found['wall_s']:.0%} of its time is the teacher's.",
+        f"{found['teacher_s'] / found['wall_s']:.0%} of its time is the teacher's. "
+        f"{found['programs_compiled']} programs were compiled in it.",
     ]
     if warning := processes.busy_warning(facts):
         lines.append(warning)

@@ -27,6 +27,7 @@ from cotrain.benchmarks.settings import SHAPE_7B
 from cotrain.benchmarks.teacher_rows import Rows, make_rows
 from cotrain.benchmarks.teacher_shape import config_7b, random_model
 from cotrain.config import TeacherConfig
+from cotrain.errors import TeacherError
 from cotrain.teacher.backbone import Backbone, load_backbone
 from cotrain.teacher.compiled import compile_layers, compiling_pays
 from cotrain.teacher.memory import is_out_of_memory
@@ -53,6 +54,11 @@ def main(job_path: Path, result_path: Path) -> None:
     job = json.loads(job_path.read_text(encoding="utf-8"))
     torch.set_num_threads(job["threads"])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if job["model"] == SHAPE_7B and device.type == "cpu":
+        raise TeacherError(
+            f"--model {SHAPE_7B} takes hours without a GPU, and this machine has none; name a "
+            "small model, or ask for --memory."
+        )
     transformers.logging.disable_progress_bar()
     transformers.logging.set_verbosity_error()
     settings = TeacherConfig(
@@ -103,6 +109,7 @@ def engine(
         return ranker.rank(rows.histories[:count], rows.candidates[:count], rows.seeds[:count])
 
     rank(2)
+    rank(1)  # compiled code has a program of its own for one row
     rank(_warmup_rows(len(rows.seeds), device))
     computed, backoffs = ranker.passes.computed_tokens, len(ranker.backoffs)
     with clock(device) as measured:

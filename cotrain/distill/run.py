@@ -242,7 +242,8 @@ def make_teacher(config: Config, data: InteractionData, device: torch.device, sa
     seeds = [(config.seed, user) for user in users]
     if compiled:
         say("Teacher: compiling its layers …")
-        ranker.rank(histories[:2], any_items[:2], seeds[:2])
+        for count in (2, 1):  # one row is a program of its own
+            ranker.rank(histories[:count], any_items[:count], seeds[:count])
     probe = ranker.rank(histories, any_items, seeds)
     if not probe.valid.any():
         raise TeacherError(

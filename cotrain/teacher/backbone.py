@@ -284,8 +284,10 @@ def load_backbone(
             "teacher.model."
         )
     model.requires_grad_(False).eval()
+    cpu.return_freed_memory()
     if on_cpu and compute == "bf16":
         cpu.compute_in_bf16(model)
+        cpu.return_freed_memory()
     elif on_cpu:
         cpu.use_packed_4bit_in_fp32(model)
     backbone = Backbone(model, tokenizer, name, quantization, compute)

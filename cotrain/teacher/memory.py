@@ -77,8 +77,8 @@ class TokenBudget:
             )
             if len(rows) == 1:
                 yield rows, False
-                continue
-            rest = [row for group in [rows, *waiting] for row in group]
+                rows = []
+            rest = [row for group in [rows, *waiting[::-1]] for row in group]
             plan = plan_micro_batches([lengths[row] for row in rest], self.tokens)
             waiting = [[rest[index] for index in group] for group in plan][::-1]
 

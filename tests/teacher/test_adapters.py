@@ -111,8 +111,8 @@ def test_adapters_are_switched_and_leave_the_base_as_it_was(
 ):
     backbone = load_backbone(tiny_teacher, quantization, CPU, compute)
     assert backbone.adapter_version == "base"
-    found = {None: states(backbone)}
-    versions = {None: "base"}
+    found: dict[str | None, Tensor] = {None: states(backbone)}
+    versions: dict[str | None, str] = {None: "base"}
     # "m" is a part of nearly every name in a Llama.
     for name, folder in zip(("one", "m"), adapters, strict=True):
         backbone.load_adapter(str(folder), name)

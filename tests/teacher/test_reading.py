@@ -51,16 +51,19 @@ def spoken(ranker: RankLLM) -> list[list[int]]:
 
 
 def brute_scores(ranker: RankLLM, prompt: list[int]) -> Tensor:
-    """(W,) sums of log-probabilities over the tokens of each identifier, one forward a token,
-    without those that no other identifier could have had instead."""
+    """(W,) sums of log-probabilities over the tokens of each identifier, without those that no
+    other identifier could have had instead; a forward pass of the plain model for each token."""
     words = spoken(ranker)
+    after: dict[tuple[int, ...], Tensor] = {}
     scores = []
     for own in words:
         total = torch.zeros(())
         for length, token in enumerate(own):
-            others = {other[length] for other in words if other[:length] == own[:length]}
-            if len(others) > 1:
-                total = total + plain(ranker.backbone, prompt + own[:length])[1][token]
+            said = tuple(own[:length])
+            if len({other[length] for other in words if tuple(other[:length]) == said}) > 1:
+                if said not in after:
+                    after[said] = plain(ranker.backbone, [*prompt, *said])[1]
+                total = total + after[said][token]
         scores.append(total)
     return torch.stack(scores)
 
@@ -96,7 +99,8 @@ def test_numbers_are_scored_by_the_sum_over_their_tokens(
 ):
     ranker = make_ranker(num_candidates=size, identifiers="numbers")
     asks = asks_of(ml100k, 2, size)
-    for (history, shown), look in zip(asks, ranker.reader.read(asks), strict=True):
+    looks = ranker.reader.read(asks)
+    for (history, shown), look in zip(asks, looks, strict=True):
         expected = brute_scores(ranker, ranker.prompts.build(history, shown))
         assert look.logits is not None
         if size < 10:  # one token each, and logits instead
@@ -106,19 +110,19 @@ def test_numbers_are_scored_by_the_sum_over_their_tokens(
     if size == 12:  # "1" may end or go on: without its bracket it had a share of 10, 11 and 12
         one = spoken(ranker)[0]
         assert len(one) == 2
-        prompt = ranker.prompts.build(*asks[-1])
+        prompt = ranker.prompts.build(*asks[0])
         whole = plain(ranker.backbone, prompt)[1][one[0]]
-        assert look.logits is not None
-        assert look.logits[[0, 9, 10, 11]].exp().sum() < whole.exp()
-        assert look.logits[0] < whole - 0.01
+        assert looks[0].logits is not None
+        assert looks[0].logits[[0, 9, 10, 11]].exp().sum() < whole.exp()
+        assert looks[0].logits[0] < whole - 0.01
 
 
 @pytest.mark.parametrize("identifiers", ["letters", "numbers"])
 def test_the_real_model_is_read_the_same(
     make_ranker: MakeRanker, real_backbone: Backbone, ml100k: InteractionData, identifiers: str
 ):
-    ranker = make_ranker(real_backbone, num_candidates=11, identifiers=identifiers)
-    asks = asks_of(ml100k, 2, 11)
+    ranker = make_ranker(real_backbone, num_candidates=10, identifiers=identifiers)
+    asks = asks_of(ml100k, 2, 10)
     looks = ranker.reader.read(asks)
     prompt = ranker.prompts.build(*asks[1])
     state, _ = plain(real_backbone, prompt)
@@ -135,10 +139,13 @@ def test_emit_is_the_state_at_the_first_identifier_without_its_bias(
 ):
     ranker = make_ranker(num_candidates=12, identifiers=identifiers, decision_position="emit")
     predicting = make_ranker(ranker.backbone, num_candidates=12, identifiers=identifiers)
-    asks = asks_of(ml100k, 12, 12)
+    asks = asks_of(ml100k, 6, 12)
     lengths = set()
     plain_logits = [look.logits for look in predicting.reader.read(asks)]
-    for bias in (torch.zeros(12), torch.linspace(-3, 3, 12), -torch.linspace(-3, 3, 12)):
+    mean = torch.stack([logits for logits in plain_logits if logits is not None]).mean(0)
+    # Without any bias one identifier is first nearly everywhere; with these, others are, of one
+    # token and of two, also within a batch.
+    for bias in (torch.zeros(12), mean, mean - torch.linspace(-1, 1, 12)):
         ranker.identifier_bias = bias
         for ask, look, logits in zip(asks, ranker.reader.read(asks), plain_logits, strict=True):
             assert look.logits is not None
@@ -156,14 +163,11 @@ def test_emit_is_the_state_at_the_first_identifier_without_its_bias(
 # ---- generate -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("identifiers", ["letters", "numbers"])
 def test_the_written_order_is_that_of_generate(
-    make_ranker: MakeRanker, real_backbone: Backbone, ml100k: InteractionData, identifiers: str
+    make_ranker: MakeRanker, real_backbone: Backbone, ml100k: InteractionData
 ):
-    ranker = make_ranker(
-        real_backbone, num_candidates=6, mode="generate", identifiers=identifiers
-    )  # fmt: skip
-    asks = asks_of(ml100k, 3, 6)
+    ranker = make_ranker(real_backbone, num_candidates=4, mode="generate")
+    asks = asks_of(ml100k, 2, 4)
     prompts = ranker.prompts
     for ask, look in zip(asks, ranker.reader.read(asks), strict=True):
         prompt = prompts.build(*ask)
@@ -176,25 +180,25 @@ def test_the_written_order_is_that_of_generate(
         assert (look.failure, look.partial) == (None, parsed.failure)
         assert look.logits is None
         assert look.ranks is not None
-        assert look.ranks.equal(ranks_of_order(parsed.order, 6))
+        assert look.ranks.equal(ranks_of_order(parsed.order, 4))
         assert look.generated_tokens == prompts.answer_tokens
         # The order opens with the identifier itself, so the prompt's state chose it.
         assert look.state is not None
         assert gap(look.state[None], output.hidden_states[0][-1][:, -1]) < 1e-4
 
 
-def writing(texts: Sequence[str], ranker: RankLLM, ended: bool = True) -> Callable[..., Any]:
-    """In place of `write`: the rows say this, behind the answer prefix."""
-    tokenizer = ranker.prompts.tokenizer
+def writing(ranker: RankLLM, asks: Sequence[Ask], texts: Sequence[str]) -> Callable[..., Any]:
+    """In place of `write`: to these asks the teacher says this."""
+    prompts, tokenizer = ranker.prompts, ranker.prompts.tokenizer
+    opening = [] if prompts.answer else tokenizer.encode("Ranking: [", add_special_tokens=False)
+    answers = {}
+    for ask, text in zip(asks, texts, strict=True):
+        whole = tokenizer.encode(("Ranking: [" if opening else "") + text, add_special_tokens=False)
+        assert whole[: len(opening)] == opening
+        answers[tuple(prompts.build(*ask))] = whole[len(opening) :]
 
-    def write(passes: Passes, prompts: Sequence[list[int]], *_: Any) -> Any:
-        answers = []
-        for text in texts:
-            tokens = tokenizer.encode(f"Ranking: [{text}", add_special_tokens=False)
-            opening = tokenizer.encode("Ranking: [", add_special_tokens=False)
-            assert tokens[: len(opening)] == opening
-            answers.append(Written(tokens[len(opening) :], ended))
-        return answers, passes.last_states(prompts)
+    def write(passes: Passes, rows: Sequence[list[int]], *_: Any) -> Any:
+        return [Written(answers[tuple(row)], True) for row in rows], passes.last_states(rows)
 
     return write
 
@@ -212,8 +216,9 @@ def test_the_decision_state_is_at_the_first_identifier_wherever_it_is_written(
     make_ranker: MakeRanker, ml100k: InteractionData, monkeypatch: pytest.MonkeyPatch, position: Any
 ):
     ranker = make_ranker(mode="generate", decision_position=position)
-    monkeypatch.setattr(reading, "write", writing([said for said, _, _ in SAID], ranker))
     asks = asks_of(ml100k, len(SAID), 3)
+    said_to = writing(ranker, asks, [said for said, _, _ in SAID])
+    monkeypatch.setattr(reading, "write", said_to)
     tokenizer = ranker.prompts.tokenizer
     for ask, look, (said, before, first) in zip(asks, ranker.reader.read(asks), SAID, strict=True):
         assert look.failure is None
@@ -240,8 +245,9 @@ def test_what_was_written_is_ranked_tied_or_a_counted_failure(
         "": ("empty", None, None),
     }
     ranker = make_ranker(mode="generate")
-    monkeypatch.setattr(reading, "write", writing(list(said), ranker))
-    looks = ranker.reader.read(asks_of(ml100k, len(said), 3))
+    asks = asks_of(ml100k, len(said), 3)
+    monkeypatch.setattr(reading, "write", writing(ranker, asks, list(said)))
+    looks = ranker.reader.read(asks)
     for look, (failure, partial, ranks) in zip(looks, said.values(), strict=True):
         assert (look.failure, look.partial) == (failure, partial)
         assert (None if look.ranks is None else look.ranks.tolist()) == ranks
@@ -255,16 +261,16 @@ def test_the_verdict_is_read_behind_the_reasoning_that_generate_writes(
     make_ranker: MakeRanker, real_backbone: Backbone, ml100k: InteractionData, position: Any
 ):
     ranker = make_ranker(
-        real_backbone, num_candidates=4, mode="cot", reasoning_tokens=9, decision_position=position
+        real_backbone, num_candidates=4, mode="cot", reasoning_tokens=7, decision_position=position
     )
-    asks = asks_of(ml100k, 2, 4)
+    asks = asks_of(ml100k, 2, 4)[position == "emit" :]
     prompts = ranker.prompts
     letters = [tokens[0] for tokens in spoken(ranker)]
     for ask, look in zip(asks, ranker.reader.read(asks), strict=True):
         prompt = prompts.build(*ask)
-        reasoning = generated(real_backbone, prompt, 9).sequences[0, len(prompt) :].tolist()
+        reasoning = generated(real_backbone, prompt, 7).sequences[0, len(prompt) :].tolist()
         assert look.reasoning == str(prompts.tokenizer.decode(reasoning)).strip() != ""
-        assert look.generated_tokens == 9
+        assert look.generated_tokens == 7
         followed = prompt + reasoning + prompts.answer
         state, logprobs = plain(real_backbone, followed)
         assert look.logits is not None
@@ -283,13 +289,8 @@ def test_reasoning_ends_where_the_teacher_goes_on_to_rank(
     ranker = make_ranker(mode="cot")
     prompts, tokenizer = ranker.prompts, ranker.prompts.tokenizer
     said = [" likes trains.\n\nRanking: [B] > [A]", " likes trains.", "", "Ranking: [B]"]
-
-    def write(passes: Passes, rows: Sequence[list[int]], *_: Any) -> Any:
-        tokens = [tokenizer.encode(text, add_special_tokens=False) for text in said]
-        return [Written(line, ended=True) for line in tokens], passes.last_states(rows)
-
-    monkeypatch.setattr(reading, "write", write)
     asks = asks_of(ml100k, 4, 3)
+    monkeypatch.setattr(reading, "write", writing(ranker, asks, said))
     looks = ranker.reader.read(asks)
     assert [look.reasoning for look in looks] == ["likes trains."] * 2 + ["", ""]
     kept = tokenizer.encode(" likes trains.", add_special_tokens=False)
@@ -354,8 +355,8 @@ def test_equal_prompts_are_answered_from_memory(make_ranker: MakeRanker, ml100k:
     assert [look.prompt_tokens for look in again] == [0, 0, 0]  # they cost nothing
     # A prompt twice in one batch is no hit, and no harm.
     twice = make_ranker(ranker.backbone, memo_rows=10).reader.read([asks[1], asks[1]])
-    assert same(*twice)
-    assert same(twice[0], first[1])
+    for look in twice:
+        torch.testing.assert_close(look.logits, first[1].logits)
 
 
 def test_without_a_memo_nothing_is_kept(make_ranker: MakeRanker, ml100k: InteractionData):
@@ -402,9 +403,9 @@ def test_failures_are_not_remembered(
     asks = asks_of(ml100k, 2, 3)
     for said, failures, hits in (
         (["A]", "what?"], [None, "no_identifier"], 0),
-        (["B]"], [None, None], 1),
+        (["B]", "B]"], [None, None], 1),
     ):
-        monkeypatch.setattr(reading, "write", writing(said, ranker))
+        monkeypatch.setattr(reading, "write", writing(ranker, asks, said))
         assert [look.failure for look in ranker.reader.read(asks)] == failures
         assert ranker.reader.memo_hits == hits
 
