@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch import Tensor
+from torch._dynamo.exc import TorchDynamoException
 
 from cotrain import config as configuration
 from cotrain.config import Config
@@ -25,7 +27,7 @@ from cotrain.runtime import checkpoint, tracking
 from cotrain.runtime.seeding import seed_everything
 from cotrain.student.losses import make_loss
 from cotrain.teacher.backbone import load_backbone
-from cotrain.teacher.compiled import compile_layers, compiling_pays
+from cotrain.teacher.compiled import compile_layers, compiling_pays, uncompile_layers
 from cotrain.teacher.prompts import make_prompts
 from cotrain.teacher.ranker import RankLLM
 from cotrain.teacher.tokenizer import load_tokenizer
@@ -229,9 +231,6 @@ def make_teacher(config: Config, data: InteractionData, device: torch.device, sa
     backbone = load_backbone(
         settings.model, settings.quantization, device, settings.compute, settings.adapter
     )
-    compiled = settings.compile == "on" or (settings.compile == "auto" and compiling_pays(backbone))
-    if compiled:
-        compile_layers(backbone)
     ranker = RankLLM(
         backbone, prompts, settings,
         config.distill.teacher_temperature, config.distill.order_temperature,
@@ -240,10 +239,10 @@ def make_teacher(config: Config, data: InteractionData, device: torch.device, sa
     histories = [data.train_history(user).tolist() for user in users]
     any_items = [list(range(1, settings.num_candidates + 1))] * len(users)
     seeds = [(config.seed, user) for user in users]
-    if compiled:
-        say("Teacher: compiling its layers …")
-        for count in (2, 1):  # one row is a program of its own
-            ranker.rank(histories[:count], any_items[:count], seeds[:count])
+    if settings.compile == "on" or (settings.compile == "auto" and compiling_pays(backbone)):
+        # One row is a program of its own.
+        asks = [(histories[:count], any_items[:count], seeds[:count]) for count in (2, 1)]
+        compile_teacher(ranker, asks, settings.compile == "on", say)
     probe = ranker.rank(histories, any_items, seeds)
     if not probe.valid.any():
         raise TeacherError(
@@ -259,6 +258,36 @@ def make_teacher(config: Config, data: InteractionData, device: torch.device, sa
     )
     query = RandomQuery(data.trained_users, config.query.fraction, config.seed)
     return Teacher(ranker, query, settings.num_candidates, config.seed, rate)
+
+
+def compile_teacher(
+    ranker: RankLLM, asks: Sequence[tuple[Any, Any, Any]], must: bool, say: Any
+) -> None:
+    """Compile the teacher's layers by ranking a few rows.
+
+    Args:
+        ranker: Whose language model it is.
+        asks: Arguments of `rank`, as different as there are programs to be compiled.
+        must: Whether there is no going on without.
+        say: Prints a line.
+
+    Raises:
+        TeacherError: They cannot be compiled, and must be.
+    """
+    say("Teacher: compiling its layers …")
+    compile_layers(ranker.backbone)
+    try:
+        for ask in asks:
+            ranker.rank(*ask)
+    except TorchDynamoException as error:  # a compiler without Python's headers, say
+        cause = str(error).strip().partition("\n")[0]
+        if must:
+            raise TeacherError(
+                f"The teacher's layers cannot be compiled: {cause} Set --teacher.compile auto or "
+                "off."
+            ) from error
+        say(f"Teacher: its layers cannot be compiled and run as they are: {cause}")
+        uncompile_layers(ranker.backbone)
 
 
 def say_plan(

@@ -3,8 +3,10 @@
 import contextlib
 import shutil
 from collections.abc import Iterator
+from typing import Any
 
 import torch
+from torch import nn
 
 from cotrain.teacher.backbone import Backbone
 
@@ -25,11 +27,22 @@ def compile_layers(backbone: Backbone) -> None:
 
     # Otherwise a layer's own number, which a cache asks for, would make each layer another program.
     torch._dynamo.config.allow_unspec_int_on_nn_module = True
-    names = set(backbone.model._no_split_modules or ())
-    for module in backbone.model.modules():
-        if type(module).__name__ in names:
-            module.forward = torch.compile(module.forward, dynamic=True)
+    for layer in _layers(backbone):
+        layer.forward = torch.compile(layer.forward, dynamic=True)
     backbone.compiled = True
+
+
+def uncompile_layers(backbone: Backbone) -> None:
+    """Undo `compile_layers`."""
+    for layer in _layers(backbone):
+        compiled: Any = layer.forward
+        layer.forward = compiled._torchdynamo_orig_callable
+    backbone.compiled = False
+
+
+def _layers(backbone: Backbone) -> list[nn.Module]:
+    names = set(backbone.model._no_split_modules or ())
+    return [module for module in backbone.model.modules() if type(module).__name__ in names]
 
 
 @contextlib.contextmanager

@@ -26,31 +26,6 @@ from cotrain.teacher.ranker import RankLLM
 Prepare = Callable[..., tuple[CotrainState, Run]]
 
 
-@pytest.fixture
-def prepared(tmp_path: Path, tiny_teacher: str, small_tables: tuple[Path, Path]) -> Prepare:
-    """A run on 60 users with a tiny teacher, not started; options override settings."""
-
-    def build(*options: str) -> tuple[CotrainState, Run]:
-        interactions, items = small_tables
-        return prepare(
-            parse(
-                [
-                    "--data.interactions", str(interactions), "--data.items", str(items),
-                    "--teacher.model", tiny_teacher, "--teacher.quantization", "fp32",
-                    "--teacher.num_candidates", "5", "--student.hidden_size", "16",
-                    "--student.max_length", "20", "--train.epochs", "3",
-                    "--train.warmup_epochs", "1", "--train.batch_size", "16",
-                    "--query.fraction", "0.5", "--distill.confidence", "none",
-                    "--teacher.calibration_rows", "8", "--teacher.compile", "off",
-                    "--output_dir", str(tmp_path / f"run{len(list(tmp_path.iterdir()))}"),
-                    *options,
-                ]
-            )
-        )  # fmt: skip
-
-    return build
-
-
 def teacher_of(run: Run) -> Teacher:
     assert run.teacher is not None
     return run.teacher
