@@ -308,8 +308,14 @@ def test_contradictions_of_the_student():
         (["num_candidates=60", "window=40"], "40 candidates in one prompt, but"),
         (["stride=21"], "teacher.stride 21 is wider than the 20 candidates of a window"),
         (["num_candidates=60", "window=10", "stride=11"], "teacher.stride 11 is wider than the 10"),
-        (["compute=bf16", "quantization=int8"], "teacher.compute bf16 has no meaning for teacher.q"),
-        (["compute=fp32", "quantization=bf16"], "teacher.compute fp32 has no meaning for teacher.q"),
+        (
+            ["compute=bf16", "quantization=int8"],
+            "teacher.compute bf16 has no meaning for teacher.q",
+        ),
+        (
+            ["compute=fp32", "quantization=bf16"],
+            "teacher.compute fp32 has no meaning for teacher.q",
+        ),
     ],
 )
 def test_contradictions_of_the_teacher(options: list[str], expected: str):

@@ -1,6 +1,6 @@
 """Runs on few users with a tiny teacher."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,9 @@ def prepared(
     tiny_teacher: str,
     small_tables: tuple[Path, Path],
     monkeypatch: pytest.MonkeyPatch,
-) -> Callable[..., tuple[CotrainState, Run]]:
+) -> Iterator[Callable[..., tuple[CotrainState, Run]]]:
     """A run on 60 users with a tiny teacher, not started; options override settings."""
+    threads = torch.get_num_threads()
     # With models this small a second thread costs more than it does.
     monkeypatch.setattr(tracking, "use_all_cores", lambda processes: torch.set_num_threads(1))
 
@@ -44,7 +45,8 @@ def prepared(
             )
         )  # fmt: skip
 
-    return build
+    yield build
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

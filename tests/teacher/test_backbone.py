@@ -32,13 +32,13 @@ def real_prompts(
 ) -> tuple[PromptBuilder, list[list[int]]]:
     """Prompts of mixed lengths."""
     builder = make_prompts(
-        TeacherConfig(item_noun="movie"), backbone.tokenizer, data.catalog.titles,
+        TeacherConfig(item_noun="movie", num_candidates=8), backbone.tokenizer, data.catalog.titles,
         data.catalog.categories, backbone.max_context_tokens,
     )  # fmt: skip
     prompts = []
     for user in range(count):
         history = data.train_history(user).tolist()
-        shown = list(range(1 + 20 * user, 21 + 20 * user))
+        shown = list(range(1 + 20 * user, 9 + 20 * user))
         prompts.append(builder.build(history[: 1 + 4 * user], shown))
     return builder, prompts
 
@@ -59,8 +59,10 @@ def test_logits_of_few_tokens_or_all_are_those_of_every_family(family: str):
     torch.testing.assert_close(ours, logits[:, few], atol=1e-4, rtol=1e-4)
 
 
-def test_one_pass_agrees_with_generate_on_the_real_model(smollm2: str, ml100k: InteractionData):
-    backbone = load_backbone(smollm2, "fp32", CPU)
+def test_one_pass_agrees_with_generate_on_the_real_model(
+    real_backbone: Backbone, ml100k: InteractionData
+):
+    backbone = real_backbone
     builder, prompts = real_prompts(backbone, ml100k, 3)
     assert len({len(prompt) for prompt in prompts}) == 3
     plain = [generated(backbone, prompt, 1) for prompt in prompts]
