@@ -41,6 +41,7 @@ def show(weightless: str, small_tables: tuple[Path, Path], capsys: pytest.Captur
             "data.interactions": small_tables[0], "data.items": small_tables[1],
             "teacher.model": weightless, "teacher.num_candidates": 5, "train.batch_size": 16,
             "train.epochs": 3, "train.warmup_epochs": 1, "query.fraction": 0.5,
+            "teacher.template": "default",
             **{name.replace("__", "."): value for name, value in changes.items()},
         }  # fmt: skip
         argv = [f"--{name}={value}" for name, value in options.items()]
@@ -130,7 +131,7 @@ def test_settings_are_checked_as_for_a_run(show, tmp_path: Path):
     with pytest.raises(ConfigError, match="'default', 'movies', 'products'"):
         show(1, teacher__template="nonesuch")
     with pytest.raises(ConfigError, match="has only"):
-        show(1, teacher__num_candidates=200, data__items="none", data__interactions=few(tmp_path))
+        show(1, teacher__num_candidates=26, data__items="none", data__interactions=few(tmp_path))
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
     (tmp_path / "model.safetensors").write_bytes(b"")
     with pytest.raises(TeacherError, match=r"tokenizer of teacher\.model"):
