@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,15 @@ assert specification.loader is not None
 train_online = importlib.util.module_from_spec(specification)
 specification.loader.exec_module(train_online)
 Options = dict[str, Any]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def waiting_threads_sleep() -> Iterator[None]:
+    """In the runs that are launched: models this small leave a second thread waiting most of the
+    time, and one that spins takes the core from whatever else runs."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("OMP_WAIT_POLICY", "PASSIVE")
+        yield
 
 
 @pytest.fixture
