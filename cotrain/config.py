@@ -303,10 +303,12 @@ def _teacher_contradictions(config: Config) -> list[str]:
             f"{teacher.num_shown} candidates in one prompt, but teacher.identifiers letters names "
             "at most 26; set teacher.window to at most 26, or teacher.identifiers numbers."
         )
-    if teacher.stride is not None and teacher.stride > teacher.num_shown:
+    slides = teacher.num_shown < teacher.num_candidates
+    if slides and teacher.stride is not None and teacher.stride >= teacher.num_shown:
         problems.append(
-            f"teacher.stride {teacher.stride} is wider than the {teacher.num_shown} candidates of "
-            "a window, so some would never be shown; lower it."
+            f"teacher.stride {teacher.stride} moves a window past all of its {teacher.num_shown} "
+            "candidates, so that none could rise from one window to the next; lower it, at best to "
+            "half a window."
         )
     if teacher.compute != "auto" and teacher.quantization in ("int8", "bf16"):
         problems.append(

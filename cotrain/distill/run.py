@@ -199,8 +199,9 @@ def encode_items(
         )  # fmt: skip
     assert teacher is not None  # checked with the settings
     ranker = teacher.ranker
-    name = f"teacher {identity(ranker.backbone.name)} {ranker.backbone.quantization} "
-    name += f"{config.teacher.max_title_tokens} tokens"
+    backbone = ranker.backbone
+    name = f"teacher {identity(backbone.name)} {backbone.quantization} {backbone.compute} "
+    name += f"{backbone.adapter_version} {config.teacher.max_title_tokens} tokens"
     return kept(texts, name, lambda: ranker.embed_items(shown))
 
 
