@@ -257,7 +257,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return total.to(states.dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grad_outputs
         grad_states, grad_vectors = ctx.saved_tensors
         return grad * grad_states, grad * grad_vectors, None, None, None
 
@@ -288,7 +289,8 @@ class _SampledLoss(torch.autograd.Function):
         return total.to(states.dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grad_outputs
         return *(grad * saved for saved in ctx.saved_tensors), *(None,) * 6
 
 

@@ -20,7 +20,7 @@ class LazyAdamW(torch.optim.AdamW):
     """
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+    def step(self, closure: Callable[[], float] | None = None) -> None:
         sparse: list[tuple[dict[str, Any], nn.Parameter, Tensor]] = []
         for group in self.param_groups:
             for parameter in group["params"]:

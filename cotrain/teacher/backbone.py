@@ -14,11 +14,12 @@ import transformers
 from peft import PeftConfig, PeftType
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from cotrain.assets import resolve_model
 from cotrain.errors import TeacherError, some_of
 from cotrain.teacher import cpu
+from cotrain.teacher.tokenizer import load_tokenizer
 
 
 @dataclass
@@ -252,11 +253,10 @@ def load_backbone(
         compute = "bf16" if narrow[quantization] else "fp32"
     # On a CPU only products are narrowed, below.
     dtype = torch.float32 if on_cpu or compute == "fp32" else torch.bfloat16
+    # On its own, because loading weights may take minutes and this does not.
+    tokenizer, _ = load_tokenizer(name)
     try:
         with _quiet_loading():
-            # Checked on its own, because loading weights may take minutes and this does not.
-            AutoConfig.from_pretrained(source)
-            tokenizer = AutoTokenizer.from_pretrained(source)
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 source,
                 dtype=dtype,
