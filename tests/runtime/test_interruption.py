@@ -58,10 +58,15 @@ def test_handlers_are_restored_after_an_error():
 
 
 def test_after_it_ctrl_c_is_what_it_was():
-    with StopRequest():
-        pass
-    with pytest.raises(KeyboardInterrupt):
-        send(signal.SIGINT)
+    # A shell starts its background jobs with Ctrl-C ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with StopRequest():
+            pass
+        with pytest.raises(KeyboardInterrupt):
+            send(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_handlers_of_the_program_around_are_kept():
