@@ -26,9 +26,13 @@ BELOW = {
     "cotrain.evaluation": {
         "cotrain.errors", "cotrain.config", "cotrain.data", "cotrain.student", "cotrain.runtime",
     },
+    "cotrain.rationale": {
+        "cotrain.errors", "cotrain.config", "cotrain.files", "cotrain.assets", "cotrain.data",
+        "cotrain.runtime", "cotrain.student", "cotrain.teacher",
+    },
     "cotrain.distill": {
         "cotrain.errors", "cotrain.config", "cotrain.data", "cotrain.runtime", "cotrain.student",
-        "cotrain.teacher", "cotrain.evaluation",
+        "cotrain.teacher", "cotrain.evaluation", "cotrain.rationale",
     },
     "cotrain.benchmarks": {
         "cotrain.errors", "cotrain.config", "cotrain.assets", "cotrain.data", "cotrain.runtime",
@@ -42,6 +46,7 @@ PURE = [
     "teacher/chat.py",
     "teacher/identifiers.py",
     "teacher/prompts.py",
+    "teacher/segments.py",
     "teacher/verdict.py",
 ]
 

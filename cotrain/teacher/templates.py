@@ -2,20 +2,20 @@
 
 A file has sections, each headed by a line `=== name`; lines that start with # before the first one
 are comments. Fields stand in braces; a literal brace is doubled. Empty lines at the start and end
-of a section do not count. Which sections there are and which fields each one takes is `SECTIONS`.
+of a section do not count. Which sections there are and which fields each one takes is told by a
+`Kind`: `RANKING` here, another where rationales are asked for.
 """
 
 import dataclasses
 import difflib
 import string
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from cotrain.errors import ConfigError, some_of
 
-FOLDER = Path(__file__).parent / "templates"
 _HEADING = "==="
 
 
@@ -32,6 +32,25 @@ class Section:
     once: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()
     required: bool = True
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Templates for one purpose.
+
+    Attributes:
+        option: The setting that names one.
+        folder: Where the shipped ones lie.
+        sections: By name, what there may be.
+        words: Fields that may stand in a section more than once.
+        further: What is wrong between fields that are all there.
+    """
+
+    option: str
+    folder: Path
+    sections: Mapping[str, Section]
+    words: Sequence[str]
+    further: Callable[[Mapping[str, str]], list[str]]
 
 
 _WORDS = ("noun", "num_candidates")
@@ -108,30 +127,7 @@ def load_template(name_or_path: str) -> Template:
     Raises:
         ConfigError: There is no such template, or it cannot be read; or all of its mistakes.
     """
-    known = sorted(path.stem for path in FOLDER.glob("*.txt"))
-    path = FOLDER / f"{name_or_path}.txt"
-    if name_or_path not in known:
-        path = Path(name_or_path).expanduser()
-        # A word without folder or ending is taken for the name of a template, misspelt.
-        if not path.exists() and path.name == name_or_path and not path.suffix:
-            close = difflib.get_close_matches(name_or_path, known, n=1, cutoff=0.5)
-            meant = f"; the nearest known one is {close[0]!r}" if close else ""
-            raise ConfigError(
-                f"teacher.template {name_or_path!r} is unknown{meant}. Known: {some_of(known)}; "
-                "expected one of them, or the path of a text file."
-            )
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise ConfigError(
-            f"teacher.template {name_or_path!r} cannot be read: {error.strerror}. Expected one of "
-            f"{some_of(known)}, or the path of a text file."
-        ) from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(
-            f"teacher.template {name_or_path!r} is not UTF-8 text: {error}. Save it as such."
-        ) from error
-    return parse_template(text, name_or_path)
+    return parse_template(read_template(name_or_path, RANKING), name_or_path)
 
 
 def parse_template(text: str, name: str) -> Template:
@@ -140,23 +136,55 @@ def parse_template(text: str, name: str) -> Template:
     Raises:
         ConfigError: Names every missing, unknown or repeated section and field at once.
     """
+    return Template(name=name, **parse_sections(text, name, RANKING))
+
+
+def read_template(name_or_path: str, kind: Kind) -> str:
+    """Content of a template's file; arguments and errors as for `load_template`."""
+    known = sorted(path.stem for path in kind.folder.glob("*.txt"))
+    path = kind.folder / f"{name_or_path}.txt"
+    if name_or_path not in known:
+        path = Path(name_or_path).expanduser()
+        # A word without folder or ending is taken for the name of a template, misspelt.
+        if not path.exists() and path.name == name_or_path and not path.suffix:
+            close = difflib.get_close_matches(name_or_path, known, n=1, cutoff=0.5)
+            meant = f"; the nearest known one is {close[0]!r}" if close else ""
+            raise ConfigError(
+                f"{kind.option} {name_or_path!r} is unknown{meant}. Known: {some_of(known)}; "
+                "expected one of them, or the path of a text file."
+            )
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise ConfigError(
+            f"{kind.option} {name_or_path!r} cannot be read: {error.strerror}. Expected one of "
+            f"{some_of(known)}, or the path of a text file."
+        ) from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"{kind.option} {name_or_path!r} is not UTF-8 text: {error}. Save it as such."
+        ) from error
+
+
+def parse_sections(text: str, name: str, kind: Kind) -> dict[str, str]:
+    """Sections of a template by name; errors as for `parse_template`."""
     problems: list[str] = []
-    sections = _sections(text, problems)
+    sections = _sections(text, kind, problems)
     for section, content in sections.items():
-        problems += _field_problems(section, content)
-    for section, rule in SECTIONS.items():
+        problems += _field_problems(section, content, kind)
+    for section, rule in kind.sections.items():
         if rule.required and not sections.get(section):
             state = "empty" if section in sections else "missing"
             problems.append(f"section {section!r} is {state}; head it by `{_HEADING} {section}`.")
     if not problems:
-        problems = _further_problems(sections)
+        problems = kind.further(sections)
     if problems:
         listed = "\n".join(f"  - {problem}" for problem in problems)
-        raise ConfigError(f"teacher.template {name!r} has {len(problems)} mistake(s):\n{listed}")
-    return Template(name=name, **sections)
+        raise ConfigError(f"{kind.option} {name!r} has {len(problems)} mistake(s):\n{listed}")
+    return sections
 
 
-def _sections(text: str, problems: list[str]) -> dict[str, str]:
+def _sections(text: str, kind: Kind, problems: list[str]) -> dict[str, str]:
     """Content of each known section; the others become problems."""
     contents: dict[str, list[str]] = {}
     lines: list[str] = []  # of the section being read; of none where it is unknown
@@ -167,12 +195,12 @@ def _sections(text: str, problems: list[str]) -> dict[str, str]:
             section = line.removeprefix(_HEADING).strip()
             if section in contents:
                 problems.append(f"section {section!r} is there twice; keep one.")
-            elif section in SECTIONS:
+            elif section in kind.sections:
                 contents[section] = lines
             else:
-                close = difflib.get_close_matches(section, SECTIONS, n=1, cutoff=0.5)
+                close = difflib.get_close_matches(section, kind.sections, n=1, cutoff=0.5)
                 meant = f"; the nearest known one is {close[0]!r}" if close else ""
-                expected = ", ".join(SECTIONS)
+                expected = ", ".join(kind.sections)
                 problems.append(f"section {section!r} is unknown{meant}. Known: {expected}.")
         elif before and line.strip() and not line.startswith("#"):
             problems.append(
@@ -185,7 +213,7 @@ def _sections(text: str, problems: list[str]) -> dict[str, str]:
     return {section: "\n".join(lines).strip("\n") for section, lines in contents.items()}
 
 
-def _field_problems(section: str, text: str) -> list[str]:
+def _field_problems(section: str, text: str, kind: Kind) -> list[str]:
     """Fields of one section that are missing, unknown, repeated or not plain names."""
     try:
         parts = list(string.Formatter().parse(text))
@@ -194,7 +222,7 @@ def _field_problems(section: str, text: str) -> list[str]:
             f"section {section!r} has a brace that belongs to no field ({error}); double it to "
             "mean the brace itself."
         ]
-    rule = SECTIONS[section]
+    rule = kind.sections[section]
     problems = []
     found = Counter(field for _, field, _, _ in parts if field is not None)
     allowed = (*rule.once, *rule.optional)
@@ -205,7 +233,7 @@ def _field_problems(section: str, text: str) -> list[str]:
                 f"section {section!r} has the unknown field {{{field}}}; known there: {expected}. "
                 "For literal braces double them."
             )
-        elif found[field] > 1 and field not in _WORDS:
+        elif found[field] > 1 and field not in kind.words:
             problems.append(
                 f"section {section!r} has {{{field}}} {found[field]} times; expected once."
             )
@@ -242,12 +270,24 @@ def _further_problems(sections: Mapping[str, str]) -> list[str]:
             "must not begin with."
         )
     shown = sections["candidate"] + sections["history_item"]
+    return problems + categories_problems(shown, sections)
+
+
+def categories_problems(shown: str, sections: Mapping[str, str]) -> list[str]:
+    """What is wrong where the lines of items, `shown`, want categories that have no words."""
     if "{categories}" in shown and "categories" not in sections:
-        problems.append(
+        return [
             "{categories} is used, but section 'categories' is missing: the text that it stands "
             "for, such as ` | {categories}`."
-        )
-    return problems
+        ]
+    return []
 
 
+RANKING = Kind(
+    option="teacher.template",
+    folder=Path(__file__).parent / "templates",
+    sections=SECTIONS,
+    words=_WORDS,
+    further=_further_problems,
+)
 assert {field.name for field in dataclasses.fields(Template)} == {"name", *SECTIONS}

@@ -14,7 +14,8 @@ from transformers import PreTrainedTokenizerBase
 
 from cotrain.config import TeacherConfig
 from cotrain.errors import ConfigError, TeacherError
-from cotrain.teacher.prompts import PromptBuilder, escape, make_prompts
+from cotrain.teacher.prompts import PromptBuilder, make_prompts
+from cotrain.teacher.segments import escape
 from cotrain.teacher.templates import Template, load_template, parse_template
 
 BEAUTY = Path(__file__).parents[3] / "shared" / "data" / "amazon-beauty" / "items.parquet"

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cotrain.errors import ConfigError
-from cotrain.teacher.templates import FOLDER, SECTIONS, cut, load_template, parse_template
+from cotrain.teacher.templates import RANKING, SECTIONS, cut, load_template, parse_template
 
-SHIPPED = sorted(path.stem for path in FOLDER.glob("*.txt"))
+SHIPPED = sorted(path.stem for path in RANKING.folder.glob("*.txt"))
 GOOD = {
     "system": "Be brief.",
     "user": "{instruction}\n\nSeen:\n{history}\nNext:\n{candidates}",
