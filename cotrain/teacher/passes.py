@@ -11,6 +11,8 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from cotrain.errors import TeacherError
 from cotrain.teacher.backbone import Backbone
 from cotrain.teacher.compiled import eager
+from cotrain.teacher.cpu import _ATTENTION as BF16_ATTENTION
+from cotrain.teacher.growing_cache import GrowingCache
 
 
 class SharedPrefix(Cache):
@@ -40,12 +42,10 @@ class SharedPrefix(Cache):
         keys = torch.cat([self.keys[layer_idx].expand(shape), key_states], dim=2)
         return keys, torch.cat([self.values[layer_idx].expand(shape), value_states], dim=2)
 
-    def copy_for(self, rows: int) -> DynamicCache:
-        """A cache of its own for rows that will be continued."""
-        cache = DynamicCache()
+    def copy_to(self, cache: GrowingCache, rows: int) -> None:
+        """Begin the empty cache of rows that will be continued."""
         for layer, (keys, values) in enumerate(zip(self.keys, self.values, strict=True)):
             cache.update(keys.expand(rows, -1, -1, -1), values.expand(rows, -1, -1, -1), layer)
-        return cache
 
 
 def _filled(states: Tensor | None) -> Tensor:
@@ -162,7 +162,7 @@ class Passes:
         positions: Tensor | None = None,
         mask: Tensor | None = None,
     ) -> Tensor:
-        """(B, S, H) last hidden states of (B, S) ids; all arguments on the CPU."""
+        """(B, S, H) last hidden states of (B, S) ids."""
         self.computed_tokens += ids.numel()
         decoder, device = self.backbone.decoder, self.backbone.device
         options: dict[str, object] = {}
@@ -171,7 +171,7 @@ class Passes:
         if mask is not None:
             options["attention_mask"] = to_device(mask, device)
         # A cache that grows has one shape a step; only whole prompts are worth compiled code.
-        growing = isinstance(cache, DynamicCache)
+        growing = cache is not None and not isinstance(cache, SharedPrefix)
         with eager() if growing and self.backbone.compiled else contextlib.nullcontext():
             return decoder(
                 input_ids=to_device(ids, device),
@@ -206,43 +206,49 @@ class Steps:
         if window and max(map(len, prompts)) + further > window:
             shared = None  # padding in the middle would make what lies before it look farther away
         skipped = len(passes.prefix) if shared else 0
-        size = len(prompts)
-        self.cache = shared.copy_for(size) if shared else DynamicCache()
         ids = padded([prompt[skipped:] for prompt in prompts], left=True)
+        capacity = skipped + ids.shape[1] + further
+        # In bf16 where attention would round them to it, each time anew.
+        rounded = config._attn_implementation == BF16_ATTENTION
+        self.cache = GrowingCache(capacity, torch.bfloat16 if rounded else None)
+        if shared is not None:
+            shared.copy_to(self.cache, len(prompts))
         lengths = torch.tensor([len(prompt) for prompt in prompts])
         real = torch.arange(ids.shape[1]) >= ids.shape[1] + skipped - lengths[:, None]
-        self.mask = torch.cat([torch.ones(size, skipped, dtype=torch.bool), real], 1).long()
         positions = (skipped + real.long().cumsum(1) - 1).clamp(min=0)
-        self.lengths = lengths
-        hidden = passes._decode(ids, cache=self.cache, positions=positions, mask=self.mask)
-        self.state = hidden[:, -1]
+        mask = torch.ones(len(prompts), capacity, dtype=torch.bool)
+        mask[:, skipped : skipped + ids.shape[1]] = real
+        device = passes.backbone.device
+        self.mask, self.lengths = to_device(mask, device), to_device(lengths, device)
+        self.state = self._decode(ids, positions)
 
     @torch.no_grad()
     def advance(self, tokens: Tensor) -> Tensor:
         """Add (B, n) tokens to the rows; returns the new `state`."""
         count = tokens.shape[1]
-        self.mask = torch.cat([self.mask, self.mask.new_ones(len(tokens), count)], 1)
-        positions = self.lengths[:, None] + torch.arange(count)
-        hidden = self.passes._decode(tokens, cache=self.cache, positions=positions, mask=self.mask)
+        positions = self.lengths[:, None] + torch.arange(count, device=self.lengths.device)
+        self.state = self._decode(tokens, positions)
         self.lengths = self.lengths + count
-        self.state = hidden[:, -1]
         return self.state
+
+    def _decode(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        mask = self.mask[:, : self.cache.get_seq_length() + tokens.shape[1]]
+        hidden = self.passes._decode(tokens, cache=self.cache, positions=positions, mask=mask)
+        return hidden[:, -1].clone()  # not a view that would hold the states of whole prompts
 
     def peek(self, tokens: Tensor) -> Tensor:
         """(B, H) state after (B, n) tokens, which are taken back again."""
         state, count = self.state, tokens.shape[1]
         after = self.advance(tokens)
         self.cache.crop(-count)
-        self.mask, self.lengths = self.mask[:, :-count], self.lengths - count
-        self.state = state
+        self.lengths, self.state = self.lengths - count, state
         return after
 
     def keep(self, rows: Tensor) -> None:
         """Go on with these rows only, (n,) indices on the CPU."""
-        on_device = rows.to(self.state.device)
-        self.cache.batch_select_indices(on_device)
-        self.mask, self.lengths = self.mask[rows], self.lengths[rows]
-        self.state = self.state[on_device]
+        rows = rows.to(self.state.device)
+        self.cache.batch_select_indices(rows)
+        self.mask, self.lengths, self.state = self.mask[rows], self.lengths[rows], self.state[rows]
 
 
 def padded(rows: Sequence[Sequence[int]], left: bool = False) -> Tensor:
@@ -259,6 +265,6 @@ def padded(rows: Sequence[Sequence[int]], left: bool = False) -> Tensor:
 
 def to_device(values: Tensor, device: torch.device) -> Tensor:
     """Moved to a GPU from page-locked memory, while it still works on what came before."""
-    if device.type == "cuda":
-        return values.pin_memory().to(device, non_blocking=True)
+    if device.type == "cuda" and values.device.type == "cpu":
+        return values.contiguous().pin_memory().to(device, non_blocking=True)
     return values.to(device)

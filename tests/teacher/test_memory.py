@@ -235,8 +235,8 @@ def test_an_answer_after_memory_ran_out_is_not_the_failure_before_it(
 
     def write(passes: Passes, prompts: list, *_: object) -> object:
         attempts.append(len(prompts))
-        answers = [Written(good, True)] if len(prompts) == 1 else [Written([], True)]
-        answers += [Written(late, True)] * (len(prompts) - 1)
+        answers = [Written(good, True, -1.0)] if len(prompts) == 1 else [Written([], True, -1.0)]
+        answers += [Written(late, True, -1.0)] * (len(prompts) - 1)
         return answers, torch.zeros(len(prompts), 32)
 
     def no_memory(self: Passes, prompts: list) -> torch.Tensor:

@@ -198,7 +198,7 @@ def writing(ranker: RankLLM, asks: Sequence[Ask], texts: Sequence[str]) -> Calla
         answers[tuple(prompts.build(*ask))] = whole[len(opening) :]
 
     def write(passes: Passes, rows: Sequence[list[int]], *_: Any) -> Any:
-        return [Written(answers[tuple(row)], True) for row in rows], passes.last_states(rows)
+        return [Written(answers[tuple(row)], True, -1.0) for row in rows], passes.last_states(rows)
 
     return write
 

@@ -1,6 +1,9 @@
-"""Text written in batches is the text written one by one."""
+"""Text written in batches is the text written one by one; drawn tokens are drawn as they should."""
 
 import copy
+import math
+from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -14,9 +17,10 @@ from cotrain.benchmarks.parity import (
     state_of,
     tiny_backbone,
 )
+from cotrain.errors import TeacherError
 from cotrain.teacher.backbone import Backbone
 from cotrain.teacher.passes import Passes, Steps
-from cotrain.teacher.writing import write
+from cotrain.teacher.writing import Sampling, write
 
 PREFIX = random_prompts([9], seed=1)[0]
 LENGTHS = [3, 17, 9, 17, 1, 30]
@@ -111,3 +115,140 @@ def test_writing_leaves_the_shared_prefix_as_it_was():
     write(passes, prompts, 12)
     assert shared.keys.equal(keys)
     assert shared.get_seq_length() == len(PREFIX)
+
+
+# ---- drawn tokens -------------------------------------------------------------------------------
+
+
+def seeds_of(count: int, seed: int = 0) -> list[tuple[int, ...]]:
+    return [(seed, row) for row in range(count)]
+
+
+def plain_logits(backbone: Backbone, tokens: Sequence[int]) -> torch.Tensor:
+    """(T, V) float64 of a forward pass as anybody writes it."""
+    model: Any = backbone.model
+    with torch.no_grad():
+        return model(torch.tensor([list(tokens)])).logits[0].double()
+
+
+def nucleus_of(logits: torch.Tensor, temperature: float, top_p: float) -> torch.Tensor:
+    """(V,) probabilities, by sorting all of them."""
+    probs = (logits / temperature).softmax(0)
+    order = probs.argsort(descending=True)
+    before = probs[order].cumsum(0) - probs[order]  # of all likelier ones
+    probs[order[before >= top_p]] = 0
+    return probs / probs.sum()
+
+
+@pytest.mark.parametrize(
+    ("temperature", "top_p"), [(1, 1), (0.5, 1), (2, 1), (1, 0.9), (1, 0.4), (3, 0.97), (0.7, 0.01)]
+)
+def test_tokens_are_drawn_as_often_as_they_are_likely(temperature: float, top_p: float):
+    backbone = tiny_backbone("llama")
+    prompt, count = random_prompts([9])[0], 4000
+    expected = nucleus_of(plain_logits(backbone, prompt)[-1], temperature, top_p)
+    sampling = Sampling(temperature, top_p, seeds_of(count))
+    answers, _ = write(Passes(backbone), [prompt] * count, 1, sampling=sampling)
+    drawn = Counter(answer.tokens[0] for answer in answers)
+    assert set(drawn) <= set(expected.nonzero().flatten().tolist())
+    # Chi-square over the tokens that are expected often enough, the others as one.
+    often = [token for token, share in enumerate(expected.tolist()) if share * count >= 5]
+    seen = [drawn[token] for token in often]
+    wanted = [float(expected[token]) * count for token in often]
+    if count - sum(wanted) > 1e-6:
+        seen, wanted = [*seen, count - sum(seen)], [*wanted, count - sum(wanted)]
+    deviation = sum((s - w) ** 2 / w for s, w in zip(seen, wanted, strict=True))
+    freedom = len(seen) - 1
+    assert deviation <= freedom + 4 * math.sqrt(2 * freedom)
+
+
+def test_a_nucleus_wider_than_the_first_look_is_whole(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("cotrain.teacher.writing._FIRST_LOOK", 2)
+    backbone = tiny_backbone("llama")
+    prompts = random_prompts([9, 4])
+    count = 3000
+    for prompt in prompts:
+        expected = nucleus_of(plain_logits(backbone, prompt)[-1], 4, 0.8)
+        assert (expected > 0).sum() > 32  # 2, then 32, then all
+        sampling = Sampling(4, 0.8, seeds_of(count))
+        answers, _ = write(Passes(backbone), [prompt] * count, 1, sampling=sampling)
+        drawn = {answer.tokens[0] for answer in answers}
+        assert drawn == set((expected > 0).nonzero().flatten().tolist())
+
+
+def test_a_row_writes_the_same_whatever_rows_it_is_with():
+    backbone = tiny_backbone("llama")
+    prompts, seeds = random_prompts(LENGTHS, PREFIX), seeds_of(len(LENGTHS))
+
+    def written(rows: list[int], prefix: list[int], temperature: float = 1.5, **options: Any):
+        sampling = Sampling(temperature, 0.95, [seeds[row] for row in rows])
+        texts = [prompts[row] for row in rows]
+        answers, _ = write(Passes(backbone, prefix), texts, 30, sampling=sampling, **options)
+        return [answer.tokens for answer in answers]
+
+    together = written(list(range(6)), PREFIX)
+    assert len(set(map(tuple, together))) == 6
+    assert together == written(list(range(6)), PREFIX)
+    for row in range(6):
+        assert written([row], []) == [together[row]]
+    assert written([4, 1], PREFIX) == [together[4], together[1]]
+    assert written([4, 1], PREFIX, temperature=0.7) != [together[4], together[1]]
+    # Nor do rows that are left out, or end, change what the others draw.
+    enough = {tuple(together[row][:3]) for row in (0, 3)}
+    some = written(list(range(6)), PREFIX, done=lambda tokens: tuple(tokens[:3]) in enough)
+    assert some == [whole[:8] if row in (0, 3) else whole for row, whole in enumerate(together)]
+    ended_by(backbone, together[2][10])
+    for whole, cut in zip(together, written(list(range(6)), PREFIX), strict=True):
+        end = whole.index(together[2][10]) if together[2][10] in whole else None
+        assert cut == whole[:end]
+
+
+def test_a_seed_tells_rows_of_one_prompt_apart():
+    backbone = tiny_backbone("llama")
+    prompt = random_prompts([9])[0]
+    seeds = [(7,), (7, 1), (8,), (7,)]
+    answers, _ = write(Passes(backbone), [prompt] * 4, 20, sampling=Sampling(1, 1, seeds))
+    texts = [tuple(answer.tokens) for answer in answers]
+    assert texts[0] == texts[3]
+    assert len(set(texts)) == 3
+
+
+def test_without_temperature_or_with_one_token_in_the_nucleus_text_is_greedy():
+    backbone = tiny_backbone("llama")
+    prompts = random_prompts(LENGTHS)
+    greedy, _ = write(Passes(backbone), prompts, 12)
+    for temperature, top_p in ((0, 0.5), (1, 1e-9)):
+        sampling = Sampling(temperature, top_p, seeds_of(len(prompts)))
+        answers, _ = write(Passes(backbone), prompts, 12, sampling=sampling)
+        assert [answer.tokens for answer in answers] == [answer.tokens for answer in greedy]
+        for ours, plain in zip(answers, greedy, strict=True):
+            assert ours.logprob == pytest.approx(plain.logprob, rel=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "granite"])
+@pytest.mark.parametrize("drawn", [False, True])
+def test_logprob_is_the_models_own_of_all_that_was_written(family: str, drawn: bool):
+    backbone = tiny_backbone(family)
+    prompts = random_prompts(LENGTHS, PREFIX)
+    sampling = Sampling(2.5, 0.9, seeds_of(len(prompts))) if drawn else None
+    unended, _ = write(Passes(backbone, PREFIX), prompts, 20, sampling=sampling)
+    stop = unended[1].tokens[11]
+    ended_by(backbone, stop)
+    answers, _ = write(Passes(backbone, PREFIX), prompts, 20, sampling=sampling)
+    assert {answer.ended for answer in answers} == {True, False}
+    for prompt, answer in zip(prompts, answers, strict=True):
+        tokens = [*answer.tokens, *([stop] if answer.ended else [])]
+        logprobs = plain_logits(backbone, prompt + tokens).log_softmax(1)[len(prompt) - 1 : -1]
+        own = logprobs.gather(1, torch.tensor(tokens)[:, None]).mean()
+        assert answer.logprob == pytest.approx(float(own), rel=1e-5)
+    nothing, _ = write(Passes(backbone), prompts, 0)
+    assert [(answer.tokens, answer.logprob) for answer in nothing] == [([], 0.0)] * len(prompts)
+
+
+def test_seeds_and_settings_that_cannot_be_drawn_with_are_refused():
+    backbone = tiny_backbone("llama")
+    with pytest.raises(TeacherError, match=r"2 prompts .* with 3 seeds"):
+        write(Passes(backbone), random_prompts([4, 4]), 2, sampling=Sampling(1, 1, seeds_of(3)))
+    for temperature, top_p in ((-0.1, 1), (math.nan, 1), (1, 0), (1, 1.01)):
+        with pytest.raises(TeacherError, match="Expected temperature"):
+            Sampling(temperature, top_p, [])
