@@ -1,7 +1,9 @@
 """Real small things that many tests share: a slice of ML-100K, a tiny random language model."""
 
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import polars as pl
 import pytest
 import torch
@@ -10,6 +12,8 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTraine
 from cotrain import assets
 from cotrain.config import DataConfig
 from cotrain.data.interactions import InteractionData, load_interactions
+from cotrain.rationale import store as stores
+from cotrain.rationale.records import position_hashes
 
 
 @pytest.fixture(scope="session")
@@ -55,3 +59,52 @@ def small_tables(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     items = pl.read_parquet(source / "items.parquet")
     items.join(interactions, on="item_id", how="semi").write_csv(folder / "items.csv")
     return folder / "interactions.csv", folder / "items.csv"
+
+
+def _write_store(
+    folder: Path, data: InteractionData, places: np.ndarray, dimension: int = 12
+) -> Path:
+    """A store of random vectors that depend on the target, for these places in the data."""
+    users = np.searchsorted(data.offsets, places, side="right") - 1
+    cuts = places - data.offsets[users]
+    ids = data.catalog.item_ids
+    hashes = {
+        int(user): position_hashes([ids[item] for item in data.history(int(user))])
+        for user in np.unique(users)
+    }
+    user_ids = pl.Series([data.user_ids[user] for user in users])
+    targets = pl.Series([ids[item] for item in data.items[places]])
+    rows = pl.DataFrame(
+        {
+            "row": np.arange(len(places)), "user_id": user_ids, "item_id": targets, "cut": cuts,
+            "history_hash": [hashes[int(u)][c] for u, c in zip(users, cuts, strict=True)],
+            "rationale": [f"Reason {place}." for place in places.tolist()],
+            "model": "none", "template": "movies", "logprob": -1.0, "tokens": 4,
+            "flags": [[]] * len(places),
+        },
+        schema=stores.row_schema(user_ids.dtype, targets.dtype),
+    )  # fmt: skip
+    of_items = np.random.default_rng(0).normal(size=(len(data.catalog), dimension))
+    vectors = (of_items[data.items[places]] + 1).astype("<f2")
+    folder.mkdir(parents=True)
+    facts = {"format": stores.FORMAT, "encoder": "random", "data": data.name}
+    header = stores.header_bytes(len(vectors), dimension, "F16", facts)
+    (folder / stores.VECTORS).write_bytes(header + vectors.tobytes())
+    rows.write_parquet(folder / stores.ROWS)
+    return folder
+
+
+def _training_places(data: InteractionData) -> np.ndarray:
+    """Every interaction that may have a rationale."""
+    ends = zip(data.offsets[:-1], data.held_out.train_end, strict=True)
+    return np.concatenate([np.arange(start + 1, end) for start, end in ends])
+
+
+@pytest.fixture(scope="session")
+def write_store() -> Callable[..., Path]:
+    return _write_store
+
+
+@pytest.fixture(scope="session")
+def training_places() -> Callable[[InteractionData], np.ndarray]:
+    return _training_places

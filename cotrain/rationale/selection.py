@@ -1,0 +1,241 @@
+"""Which training interactions get a rationale: at random, where a student is least sure, or unlike
+each other; rare items as often as popular ones."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from cotrain.config import RationaleConfig
+from cotrain.data.interactions import InteractionData
+from cotrain.data.packing import pack
+from cotrain.errors import ConfigError, DataError, some_of
+from cotrain.student.recommender import Recommender
+
+# Upper ends of the strata, in training interactions of the target.
+STRATA = (5, 20, 100)
+STRATUM_NAMES = ("1–5", "6–20", "21–100", "over 100")
+# Interactions among which k-center chooses, at most; drawn at random.
+_K_CENTER_POOL = 100_000
+# Users whose sequences go through the student at once, and scores held at once.
+_USERS, _SCORES = 64, 2**24
+
+
+@dataclass(frozen=True)
+class Positions:
+    """Training interactions, in the order in which they are to be written.
+
+    Attributes:
+        user: (n,) int64 user indices.
+        cut: (n,) int64 how many interactions of the user lie before each.
+        strata: Of each stratum its name, how many interactions there were and how many were chosen.
+    """
+
+    user: np.ndarray
+    cut: np.ndarray
+    strata: list[tuple[str, int, int]]
+
+
+def select_positions(
+    data: InteractionData,
+    settings: RationaleConfig,
+    seed: int,
+    student: Recommender | None = None,
+    progress: bool = False,
+) -> Positions:
+    """Choose by policy within each stratum, and spread the budget evenly over strata; one that has
+    fewer gives all it has.
+
+    Args:
+        data: Only its training interactions are chosen from: those with something before them, and
+            before what is held out of their user.
+        settings: Policy, budget and limits.
+        seed: Of every draw. At random, a larger budget holds what a smaller one does, as far as
+            strata allow.
+        student: Trained on these data; needed by every policy but random.
+        progress: Show a bar while the student looks.
+
+    Raises:
+        ConfigError: A policy without its student, or a budget of nothing.
+        DataError: Nothing to choose from, or a student of other items.
+    """
+    places = _eligible(data, settings.user_fraction, seed)
+    share = settings.fraction * len(places)
+    budget = settings.rows if settings.rows is not None else round(share)
+    if budget < 1:
+        raise ConfigError(
+            f"rationale.fraction {settings.fraction} of {len(places):,} training interactions is "
+            "none. Raise it, or set rationale.rows."
+        )
+    users = np.searchsorted(data.offsets, places, side="right") - 1
+    priority = _priorities(data, places, users, settings, seed, student, progress)
+    stratum = np.zeros(len(places), dtype=np.int64)
+    if settings.strata == "popularity":
+        stratum = np.digitize(data.train_counts[data.items[places]], STRATA, right=True)
+    chosen = _spread(priority, stratum, users, budget, settings.per_user)
+    names = STRATUM_NAMES if settings.strata == "popularity" else ("all",)
+    counts = [np.bincount(stratum[part], minlength=len(names)) for part in (..., chosen)]
+    return Positions(
+        users[chosen],
+        places[chosen] - data.offsets[users[chosen]],
+        [(name, int(a), int(b)) for name, a, b in zip(names, *counts, strict=True)],
+    )
+
+
+def _eligible(data: InteractionData, user_fraction: float, seed: int) -> np.ndarray:
+    """(n,) int64 places in `data.items` of what may be explained."""
+    users = data.trained_users
+    count = max(1, round(user_fraction * len(users)))
+    users = np.sort(np.random.default_rng((seed, 6)).permutation(users)[:count])
+    if not len(users):
+        raise DataError(
+            f"No user of {data.name!r} has two training interactions, so there is nothing to "
+            "explain. Bring longer histories."
+        )
+    starts, ends = data.offsets[users] + 1, data.held_out.train_end[users]
+    lengths = ends - starts
+    firsts = np.repeat(starts - np.concatenate([[0], np.cumsum(lengths)[:-1]]), lengths)
+    return firsts + np.arange(lengths.sum())
+
+
+def _priorities(
+    data: InteractionData, places: np.ndarray, users: np.ndarray, settings: RationaleConfig,
+    seed: int, student: Recommender | None, progress: bool,
+) -> np.ndarray:  # fmt: skip
+    """(n,) float64: the smaller, the sooner it is chosen."""
+    # Drawn for all places of the data, so that it does not depend on which are eligible.
+    drawn = np.random.default_rng((seed, 7)).random(len(data.items))[places]
+    if settings.select == "random":
+        return drawn
+    if student is None:
+        raise ConfigError(
+            f"rationale.select {settings.select} asks a trained student; name its folder with "
+            "rationale.student."
+        )
+    if student.catalog.item_ids != data.catalog.item_ids:
+        theirs, ours = student.catalog.item_ids[1:], data.catalog.item_ids[1:]
+        raise DataError(
+            f"The student {settings.student} recommends other items than {data.name!r} has: "
+            f"{len(theirs):,} such as {some_of(theirs[:2])}, against {len(ours):,} such as "
+            f"{some_of(ours[:2])}. Give a student that was trained on these data."
+        )
+    if settings.select == "k_center":
+        return _k_center(data, places, users, settings, seed, student, drawn, progress)
+    values = np.empty(len(data.items))
+    for part, states in _states(data, users, student, progress):
+        values[part] = _unsureness(data, part, states, student, settings.select)
+    return -values[places]
+
+
+@torch.no_grad()
+def _states(
+    data: InteractionData, users: np.ndarray, student: Recommender, progress: bool
+) -> Iterator[tuple[np.ndarray, Tensor]]:
+    """Places of training interactions and the (m, D) state of their user before each."""
+    model = student.model.eval()
+    length = model.settings["max_length"]
+    unique = np.unique(users)
+    device = model.item_vectors.device
+    bar = tqdm(total=len(unique), desc="asking the student", unit="user", disable=not progress)
+    with bar:
+        for start in range(0, len(unique), _USERS):
+            part = unique[start : start + _USERS]
+            # Histories longer than the student sees are looked at a piece at a time.
+            pieces = [
+                (begin, min(begin + length, end - 1))
+                for user in part.tolist()
+                for end in [int(data.held_out.train_end[user])]
+                for begin in range(int(data.offsets[user]), end - 1, length)
+            ]
+            packed = pack([data.items[begin:end] for begin, end in pieces])
+            states = model.encode(packed.to(device))
+            places = np.empty(len(states), dtype=np.int64)
+            for first, (begin, end) in zip(packed.starts.tolist(), pieces, strict=True):
+                places[first : first + end - begin] = np.arange(begin + 1, end + 1)
+            yield places, states
+            bar.update(len(part))
+
+
+@torch.no_grad()
+def _unsureness(
+    data: InteractionData, places: np.ndarray, states: Tensor, student: Recommender, by: str
+) -> np.ndarray:
+    """(m,) how unsure the student is of what comes next: entropy of its softmax over all items,
+    minus the margin between its two best, or its loss on what was taken."""
+    items = student.model.item_vectors[1:]
+    targets = torch.from_numpy(data.items[places] - 1).to(states.device)
+    found = []
+    step = max(1, _SCORES // len(items))
+    for part, wanted in zip(states.split(step), targets.split(step), strict=True):
+        logprobs = torch.log_softmax(part @ items.T, dim=1)
+        if by == "entropy":
+            found.append(-(logprobs.exp() * logprobs).sum(1))
+        elif by == "loss":
+            found.append(-logprobs.gather(1, wanted[:, None])[:, 0])
+        else:
+            best = logprobs.topk(2, dim=1).values
+            found.append(best[:, 1] - best[:, 0])
+    return torch.cat(found).double().cpu().numpy()
+
+
+@torch.no_grad()
+def _k_center(
+    data: InteractionData, places: np.ndarray, users: np.ndarray, settings: RationaleConfig,
+    seed: int, student: Recommender, drawn: np.ndarray, progress: bool,
+) -> np.ndarray:  # fmt: skip
+    """Farthest-first order of user states on the sphere: each is the one that is least like all
+    before it. Interactions outside of a random pool come last, in random order.
+
+    Source: Gonzalez, "Clustering to minimize the maximum intercluster distance", 1985; Sener and
+    Savarese, "Active Learning for Convolutional Neural Networks: A Core-Set Approach", ICLR 2018.
+    """
+    pool = np.argsort(drawn)[:_K_CENTER_POOL]
+    rows = np.full(len(data.items), -1)
+    rows[places[pool]] = np.arange(len(pool))
+    vectors = torch.empty(len(pool), student.model.hidden_size)
+    for part, states in _states(data, users[pool], student, progress):
+        inside = rows[part] >= 0
+        vectors[rows[part][inside]] = states[torch.from_numpy(inside)].float().cpu()
+    vectors = torch.nn.functional.normalize(vectors, dim=1)
+    budget = settings.rows if settings.rows is not None else round(settings.fraction * len(places))
+    priority = 2 * len(places) + drawn
+    likeness = torch.full((len(pool),), -2.0)
+    next_row = 0
+    # Strata and limits a user may refuse some of the first: twice the budget is put in order.
+    bar = tqdm(total=min(len(pool), 2 * budget), desc="k-center", disable=not progress)
+    with bar:
+        for order in range(bar.total):
+            priority[pool[next_row]] = order
+            likeness = torch.maximum(likeness, vectors @ vectors[next_row])
+            likeness[next_row] = 2
+            next_row = int(likeness.argmin())
+            bar.update()
+    return priority
+
+
+def _spread(
+    priority: np.ndarray, stratum: np.ndarray, users: np.ndarray, budget: int, per_user: int | None
+) -> np.ndarray:
+    """Indices of what is chosen: one of each stratum in turn, by priority."""
+    order = np.argsort(priority, kind="stable")
+    turn = np.empty(len(order))
+    for number in np.unique(stratum):
+        own = order[stratum[order] == number]
+        turn[own] = np.arange(len(own))
+    # Within a turn the strata follow each other; without strata this is the order of priority.
+    order = order[np.lexsort((stratum[order], turn[order]))]
+    if per_user is None:
+        return order[:budget]
+    taken: dict[int, int] = {}
+    chosen = []
+    for index in order.tolist():
+        user = int(users[index])
+        if taken.get(user, 0) < per_user:
+            taken[user] = taken.get(user, 0) + 1
+            chosen.append(index)
+            if len(chosen) == budget:
+                break
+    return np.array(chosen, dtype=np.int64)
