@@ -5,6 +5,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -13,6 +14,9 @@ from torch import Tensor
 from cotrain import assets
 from cotrain.data.catalog import Catalog
 from cotrain.errors import DataError
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
 
 
 def item_texts(catalog: Catalog) -> list[str]:
@@ -23,16 +27,12 @@ def item_texts(catalog: Catalog) -> list[str]:
     ]
 
 
-def sentence_vectors(
-    texts: list[str], encoder: str, device: torch.device, progress: bool = True
-) -> Tensor:
-    """(n, E) float32 embeddings by a sentence-transformers model.
+def load_sentence_encoder(encoder: str, device: torch.device) -> "SentenceTransformer":
+    """A sentence-transformers model.
 
     Args:
-        texts: What to encode.
         encoder: Known asset, local folder or hub name.
-        device: Where to compute.
-        progress: Show a bar.
+        device: Where it will compute.
 
     Raises:
         AssetError: A known asset that cannot be fetched.
@@ -42,16 +42,30 @@ def sentence_vectors(
     source = str(assets.fetch(encoder, kind="model")) if known else str(Path(encoder).expanduser())
     if not Path(source).exists():
         source = encoder
-    # Here, because it takes seconds that only a run with item texts should pay.
+    # Here, because it takes seconds that only a run with texts should pay.
     from sentence_transformers import SentenceTransformer
 
     try:
-        model = SentenceTransformer(source, device=str(device))
+        return SentenceTransformer(source, device=str(device))
     except (OSError, ValueError) as error:
         raise DataError(
             f"The sentence encoder {encoder!r} cannot be loaded: {error}\nExpected a known asset "
             "such as all-minilm-l6-v2, a local folder, or a hub name."
         ) from error
+
+
+def sentence_vectors(
+    texts: list[str], encoder: str, device: torch.device, progress: bool = True
+) -> Tensor:
+    """(n, E) float32 embeddings by a sentence-transformers model.
+
+    Args:
+        texts: What to encode.
+        encoder: As for `load_sentence_encoder`, like the device and what is raised.
+        device: Where to compute.
+        progress: Show a bar.
+    """
+    model = load_sentence_encoder(encoder, device)
     vectors = model.encode(texts, batch_size=64, convert_to_tensor=True, show_progress_bar=progress)
     return vectors.float().cpu()
 
