@@ -32,6 +32,8 @@ class SequenceBatch:
             there, and the item to predict is `target_ids[cut]`.
         history: (B, M) int64, every item up to the cut (also those older than the sequence),
             oldest first, left-padded with 0.
+        first_target: (B,) int64, where in the data's items the target of each row's first position
+            stands.
     """
 
     user_index: Tensor
@@ -39,6 +41,7 @@ class SequenceBatch:
     target_ids: Tensor
     cut: Tensor
     history: Tensor
+    first_target: Tensor
 
     def to(self, device: torch.device) -> "SequenceBatch":
         """The same batch on a device."""
@@ -48,6 +51,13 @@ class SequenceBatch:
     def cut_target(self) -> Tensor:
         """(B,) the item that follows the history at the cut."""
         return self.target_ids[self.cut]
+
+    @property
+    def target_places(self) -> Tensor:
+        """(N,) where in the data's items each of `target_ids` stands."""
+        rows = self.sequences.starts.argsort()
+        first = self.first_target[rows].repeat_interleave(self.sequences.lengths[rows])
+        return first + self.sequences.positions
 
 
 def left_pad(rows: Sequence[np.ndarray]) -> Tensor:
@@ -100,7 +110,13 @@ class SequenceDataset(Dataset):
             start = draw.randint(0, start)
         window = items[start : start + self.max_length + 1]
         cut = draw.randrange(len(window) - 1)
-        return {"user": user, "window": window, "cut": cut, "history": items[: start + cut + 1]}
+        return {
+            "user": user,
+            "window": window,
+            "cut": cut,
+            "history": items[: start + cut + 1],
+            "first_target": int(self.data.offsets[user]) + start + 1,
+        }
 
 
 def collate(rows: list[dict]) -> SequenceBatch:
@@ -114,6 +130,7 @@ def collate(rows: list[dict]) -> SequenceBatch:
         target_ids=target_ids,
         cut=sequences.starts + torch.tensor([row["cut"] for row in rows]),
         history=left_pad([row["history"] for row in rows]),
+        first_target=torch.tensor([row["first_target"] for row in rows]),
     )
 
 

@@ -26,6 +26,7 @@ from cotrain.data.batches import (
 from cotrain.data.interactions import InteractionData
 from cotrain.distill import losses
 from cotrain.distill.querying import Teacher, verdict_weight
+from cotrain.distill.rationales import Rationales, RationaleTerms
 from cotrain.distill.state import (
     CotrainState,
     Learner,
@@ -67,6 +68,7 @@ def cotrain_step(
     loss: TrainingLoss,
     config: Config,
     accelerator: Accelerator,
+    rationales: Rationales | None = None,
 ) -> dict[str, float]:
     """One optimizer step of the student, and of the control beside it.
 
@@ -80,6 +82,7 @@ def cotrain_step(
         loss: What the data teach by.
         config: Settings of the run.
         accelerator: Device and collectives.
+        rationales: None while they do not teach.
 
     Returns:
         Losses, each a mean over its own rows of all processes, and the teacher's entropy.
@@ -93,11 +96,17 @@ def cotrain_step(
     terms = Terms(nothing, nothing, nothing, nothing)
     if teacher is not None:
         terms = distillation_terms(state, output, batch, on_device, teacher, config, accelerator)
+    reasons = RationaleTerms(nothing, nothing, nothing)
+    found = None if rationales is None else rationales.of_batch(batch, device)
+    if rationales is not None and found is not None:
+        reasons = rationales.terms(state.student.head, output.states, found)
 
     sums = [output.loss_sum, output.n_targets]
     sums += [terms.rank_sum, terms.emb_sum, terms.entropy_sum, terms.n_valid]
-    ce, n_targets, rank, emb, nats, n_valid = _total(torch.stack(sums), accelerator).tolist()
-    n_targets, n_rows = max(n_targets, 1), max(n_valid, 1)
+    sums += [reasons.head_sum, reasons.student_sum, reasons.n_rows]
+    totals = _total(torch.stack(sums), accelerator).tolist()
+    ce, n_targets, rank, emb, nats, n_valid, distance, rdr, n_reasons = totals
+    n_targets, n_rows, n_found = max(n_targets, 1), max(n_valid, 1), max(n_reasons, 1)
     weights = config.distill
     report = {"loss_ce": ce / n_targets}
     if teacher is not None:
@@ -105,10 +114,14 @@ def cotrain_step(
     if n_valid:
         report |= {"loss_rank": rank / n_rows, "loss_emb": emb / n_rows}
         report["teacher_entropy"] = nats / n_rows
+    if n_reasons:
+        report |= {"rationale_rows": n_reasons, "rationale_cosine": 1 - distance / n_found}
+        report["loss_rdr"] = rdr / n_found
     report["loss"] = (
         report["loss_ce"]
         + weights.lambda_rank * report.get("loss_rank", 0.0)
         + weights.lambda_emb * report.get("loss_emb", 0.0)
+        + weights.lambda_rdr * report.get("loss_rdr", 0.0)
     )
     if not math.isfinite(report["loss"]):
         raise CotrainError(
@@ -121,14 +134,21 @@ def cotrain_step(
         output.loss_sum / n_targets
         + weights.lambda_rank * terms.rank_sum / n_rows
         + weights.lambda_emb * terms.emb_sum / n_rows
+        + reasons.gradient_sum / n_found
     )
     _update(state.student, total, accelerator, config, state.projector)
     if state.control is not None:
-        # The same dropout masks as the student's: any difference comes from the teacher.
+        # The same dropout masks as the student's: any difference comes from what distills.
         with replayed(dropout_state, device):
             control = state.control.model(on_device, loss)
-        total = accelerator.num_processes * control.loss_sum / n_targets
-        _update(state.control, total, accelerator, config)
+        total = control.loss_sum / n_targets
+        if rationales is not None and found is not None:
+            beside = rationales.terms(state.control.head, control.states, found, weight=0)
+            total = total + beside.gradient_sum / n_found
+            distance = _total(beside.head_sum, accelerator).item()
+            if n_reasons:
+                report["control_rationale_cosine"] = 1 - distance / n_found
+        _update(state.control, accelerator.num_processes * total, accelerator, config)
         report["control_loss_ce"] = _total(control.loss_sum, accelerator).item() / n_targets
     return report
 
@@ -222,13 +242,14 @@ def _update(
 ) -> None:
     learner.optimizer.zero_grad()
     accelerator.backward(loss)
-    # Clipped apart: what the projector does must not change the student's step size.
+    # Clipped apart: what projector and head do must not change the student's step size.
     if config.train.item_updates == "lazy":
         clip_grad_norm(learner.model.parameters(), config.train.max_grad_norm)
     else:
         accelerator.clip_grad_norm_(learner.model.parameters(), config.train.max_grad_norm)
-    if projector is not None:
-        accelerator.clip_grad_norm_(projector.parameters(), config.train.max_grad_norm)
+    for beside in (projector, learner.head):
+        if beside is not None:
+            accelerator.clip_grad_norm_(beside.parameters(), config.train.max_grad_norm)
     learner.optimizer.step()
 
 
@@ -239,7 +260,9 @@ class Run:
     Attributes:
         config: Its settings.
         data: Interactions and catalogue.
-        teacher: The ranker and who asks it; None: the student learns alone.
+        teacher: The ranker and who asks it, or None.
+        rationales: Reasons for training interactions, or None; without both the student learns
+            alone.
         loss: What the data teach by.
         accelerator: Device and processes.
         log: Takes metrics.
@@ -249,6 +272,7 @@ class Run:
     config: Config
     data: InteractionData
     teacher: Teacher | None
+    rationales: Rationales | None
     loss: TrainingLoss
     accelerator: Accelerator
     log: MetricsLog
@@ -256,7 +280,7 @@ class Run:
 
 
 def fit(state: CotrainState, run: Run) -> None:
-    """Train from where `state` stands to the end; cross-entropy first, then with the teacher.
+    """Train from where `state` stands to the end; cross-entropy first, then with what distills.
 
     Raises:
         Interrupted: After SIGINT or SIGTERM, with a checkpoint written.
@@ -274,9 +298,10 @@ def fit(state: CotrainState, run: Run) -> None:
     ended = False
     with StopRequest() as stop, pace.bar:
         while not ended:
-            teacher = run.teacher if state.epoch >= train.warmup_epochs else None
-            if teacher and state.epoch == train.warmup_epochs and state.step_in_epoch == 0:
-                start_teaching(state, teacher, run, dataset)
+            distills = run.config.distills and state.epoch >= train.warmup_epochs
+            if distills and state.epoch == train.warmup_epochs and state.step_in_epoch == 0:
+                start_distilling(state, run, dataset)
+            teacher, rationales = (run.teacher, run.rationales) if distills else (None, None)
             sampler.start_at(state.epoch, state.step_in_epoch)
             for batch in loader:
                 if state.step >= pace.total_steps:
@@ -285,7 +310,9 @@ def fit(state: CotrainState, run: Run) -> None:
                 for learner in state.learners:
                     for group in learner.optimizer.param_groups:
                         group["lr"] = rate
-                report = cotrain_step(state, batch, teacher, run.loss, run.config, accelerator)
+                report = cotrain_step(
+                    state, batch, teacher, run.loss, run.config, accelerator, rationales
+                )
                 state.step += 1
                 state.step_in_epoch += 1
                 pace.tick(report)
@@ -304,10 +331,8 @@ def fit(state: CotrainState, run: Run) -> None:
             state.step_in_epoch = 0
 
 
-def start_teaching(
-    state: CotrainState, teacher: Teacher, run: Run, dataset: SequenceDataset
-) -> None:
-    """What happens once, between the warm-up and the first step with the teacher."""
+def start_distilling(state: CotrainState, run: Run, dataset: SequenceDataset) -> None:
+    """What happens once, between the warm-up and the first step that distills."""
     state.start_effective_rank = state.meter.student_states.effective_rank()
     if run.config.train.control:
         state.control = fork_control(state, run.config, run.accelerator)
@@ -315,7 +340,8 @@ def start_teaching(
         # Student and control choose their best epoch from the same ones, those after the fork.
         learner.best_metric = -1.0
     count = min(run.config.teacher.calibration_rows, len(dataset))
-    if count:
+    if run.teacher is not None and count:
+        teacher = run.teacher
         # On the student's own candidates: the bias depends on what is shown, and measured on random
         # items it leaves three times as much.
         draw = np.random.default_rng((run.config.seed, 5)).permutation(dataset.users)[:count]
@@ -338,7 +364,7 @@ def validate(state: CotrainState, run: Run) -> None:
         model = run.accelerator.unwrap_model(learner.model)
         found = evaluate(model, run.data, "validation", run.config.eval.batch_size, run.accelerator)
         metrics = metrics_from_ranks(found.ranks)
-        learner.consider(model.state_dict(), metrics[SELECTION_METRIC], epoch)
+        learner.consider(metrics[SELECTION_METRIC], epoch, run.accelerator)
         row = {"kind": "validation", "step": state.step, "epoch": epoch, "model": learner.name}
         run.log.write(row | metrics)
     row = {"kind": "train", "step": state.step, "epoch": epoch}
@@ -399,5 +425,7 @@ class Pace:
         if "loss_rank" in report:
             shown |= {"rank": f"{report['loss_rank']:.3f}", "emb": f"{report['loss_emb']:.1f}"}
             shown["teacher"] = f"{self.teacher_rows_per_s:.2f} rows/s"
+        if "loss_rdr" in report:
+            shown["rdr"] = f"{report['loss_rdr']:.3f}"
         self.bar.set_postfix(shown, refresh=False)
         self.bar.update()

@@ -2,6 +2,7 @@
 knows how many rows the whole update has over all processes."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -34,3 +35,39 @@ def alignment_sum(projected: Tensor, user_state: Tensor, weight: Tensor) -> Tens
         weight: (B,) what a row's verdict counts, 0 for rows without one.
     """
     return (weight * (projected - user_state).square().sum(1)).sum()
+
+
+def cosine_sum(predicted: Tensor, targets: Tensor) -> Tensor:
+    """Σ 1 − cos(W_r u, v) over rows.
+
+    Args:
+        predicted: (M, E) W_r u, of any length.
+        targets: (M, E) v, of unit length.
+    """
+    return (1 - (F.normalize(predicted, dim=1) * targets).sum(1)).sum()
+
+
+def gram_sum(user_states: Tensor, targets: Tensor) -> Tensor:
+    """How differently user states and rationales lie to each other, summed over rows: for each row
+    the mean over the others of (cos(u_i, u_j) − cos(v_i, v_j))². 0 for a row alone. Of more than
+    1,024 rows each is compared with those of its own thousand.
+
+    Args:
+        user_states: (M, D) u.
+        targets: (M, E) v, of unit length.
+
+    Source: Park et al., "Relational Knowledge Distillation", CVPR 2019; on angles at the origin, as
+    in similarity-preserving distillation (Tung and Mori, ICCV 2019).
+    """
+    total = user_states.new_zeros(())
+    for states, vectors in zip(user_states.split(1024), targets.split(1024), strict=True):
+        states = F.normalize(states, dim=1)
+        apart = (states @ states.T - vectors @ vectors.T).square()
+        others = 1 - torch.eye(len(states), device=states.device)
+        total = total + (apart * others).sum() / max(1, len(states) - 1)
+    return total
+
+
+def scaled_gradient(values: Tensor, scale: float) -> Tensor:
+    """The same values, whose gradient is multiplied by `scale`."""
+    return values.detach() + scale * (values - values.detach()) if scale else values.detach()

@@ -3,6 +3,7 @@
 import shutil
 from typing import Any
 
+import numpy as np
 import polars as pl
 
 from cotrain import config as configuration
@@ -12,6 +13,7 @@ from cotrain.data.splits import SPLITS, Split
 from cotrain.distill.loop import Run
 from cotrain.distill.meters import TeacherMeter
 from cotrain.distill.state import CotrainState, Learner, fork_control
+from cotrain.errors import DataError
 from cotrain.evaluation.compare import paired_bootstrap
 from cotrain.evaluation.evaluator import Evaluation, evaluate
 from cotrain.evaluation.metrics import (
@@ -21,6 +23,10 @@ from cotrain.evaluation.metrics import (
 )
 from cotrain.evaluation.report import result_table, write_report
 from cotrain.evaluation.slices import slice_table, slices_of
+from cotrain.rationale.agreement import measure_agreement
+from cotrain.rationale.explain import Explainer
+from cotrain.rationale.head import FOLDER as HEAD
+from cotrain.rationale.head import RationaleHead
 from cotrain.runtime import tracking
 from cotrain.student.recommender import Recommender
 from cotrain.student.sasrec import SASRec
@@ -32,13 +38,13 @@ Found = dict[str, dict[Split, Evaluation]]
 def finish(state: CotrainState, run: Run) -> dict[str, Any]:
     """Test the best student and control once, export the better on validation, write the report."""
     config, accelerator, folder = run.config, run.accelerator, run.folder
-    # Where max_steps came before the teacher did.
-    if run.teacher is not None and config.train.control and state.control is None:
+    # Where max_steps came before the teacher or the rationales did.
+    if config.distills and config.train.control and state.control is None:
         state.control = fork_control(state, config, accelerator)
     found: Found = {}
     for learner in state.learners:
+        learner.restore_best(accelerator)
         model = accelerator.unwrap_model(learner.model)
-        model.load_state_dict(learner.best_weights)
         found[learner.name] = {
             split: evaluate(model, run.data, split, config.eval.batch_size, accelerator)
             for split in SPLITS
@@ -65,7 +71,8 @@ def finish(state: CotrainState, run: Run) -> dict[str, Any]:
             config.seed,
         ),
         "teacher": _teacher(state, run, meter),
-        "effective_rank": _effective_ranks(state, meter) if run.teacher else None,
+        "rationales": _rationales(state, run),
+        "effective_rank": _effective_ranks(state, meter) if config.distills else None,
         "examples": []
         if run.teacher is None
         else meter.readable_examples(
@@ -104,6 +111,47 @@ def _teacher(state: CotrainState, run: Run, meter: TeacherMeter) -> dict[str, An
             for backoff in backoffs
         ],
     }
+
+
+def _rationales(state: CotrainState, run: Run) -> dict[str, Any] | None:
+    """What rationales there were and what came of them; None without."""
+    if run.rationales is None:
+        return None
+    settings = run.config.distill
+    return {
+        **run.rationales.facts(run.data),
+        "lambda_rdr": settings.lambda_rdr,
+        "form": settings.rdr_form,
+        "targets": settings.rdr_targets,
+        "agreement": _agreement(state, run),
+    }
+
+
+def _agreement(state: CotrainState, run: Run) -> dict[str, Any] | None:
+    """Of each model, how often the reasons that are found for its recommendations fit them; None
+    where the items have no categories to tell by."""
+    assert run.rationales is not None
+    if not any(run.data.catalog.categories) or not run.accelerator.is_main_process:
+        return None
+
+    def compare(found: np.ndarray, random: np.ndarray) -> dict[str, Any]:
+        samples = run.config.eval.bootstrap_samples
+        return paired_bootstrap(found, random, samples, run.config.seed).as_dict()
+
+    agreement = {}
+    for learner in state.learners:
+        model = run.accelerator.unwrap_model(learner.model)
+        head = run.accelerator.unwrap_model(learner.head)
+        assert isinstance(model, SASRec)
+        assert isinstance(head, RationaleHead)
+        recommender = Recommender(model, run.data.catalog)
+        explainer = Explainer(recommender, head, run.rationales.matched, run.data)
+        try:
+            found = measure_agreement(explainer, seed=run.config.seed)
+        except DataError:  # no test user whose items have a category, or all rationales are theirs
+            return None
+        agreement[learner.name] = found.as_report(compare)
+    return agreement
 
 
 def _dataset(data: InteractionData, config: Config) -> dict[str, Any]:
@@ -150,10 +198,11 @@ def _lifts(found: Found, split: Split, config: Config) -> dict[str, Any] | None:
 def _effective_ranks(state: CotrainState, meter: TeacherMeter) -> dict[str, Any]:
     end = meter.student_states.effective_rank()
     start = state.start_effective_rank
+    asked = meter.decision_states.rows is not None
     return {
         "student_state_start": start,
         "student_state": end,
-        "decision_state": meter.decision_states.effective_rank(),
+        "decision_state": meter.decision_states.effective_rank() if asked else None,
         # Half of the directions gone since the teacher came is no drift of training.
         "collapsed": bool(start and end < 0.5 * start),
     }
@@ -198,12 +247,6 @@ def _teacher_warnings(report: dict[str, Any]) -> list[str]:
             f"{placing['student']:.3f} against {placing['teacher']:.3f}; any order gives "
             f"{placing['random']:.3f}. Do not expect a lift from this teacher."
         )
-    if report["effective_rank"]["collapsed"]:
-        warnings.append(
-            "The student's states collapsed: their effective rank fell from "
-            f"{report['effective_rank']['student_state_start']:.1f} to "
-            f"{report['effective_rank']['student_state']:.1f}. Lower distill.lambda_emb."
-        )
     return warnings
 
 
@@ -214,6 +257,13 @@ def _causes(counts: dict[str, int]) -> str:
 def _warnings(report: dict[str, Any]) -> list[str]:
     """Plain sentences about what a reader might overlook."""
     warnings = [] if report["teacher"] is None else _teacher_warnings(report)
+    ranks = report["effective_rank"]
+    if ranks is not None and ranks["collapsed"]:
+        warnings.append(
+            "The student's states collapsed: their effective rank fell from "
+            f"{ranks['student_state_start']:.1f} to {ranks['student_state']:.1f}. Lower "
+            "distill.lambda_emb, or distill.lambda_rdr."
+        )
     users = report["dataset"]["evaluated_users"]["test"]
     if users < 5000:
         warnings.append(
@@ -239,6 +289,10 @@ def _export(shipped: Learner, found: Found, run: Run) -> None:
             "metrics": metrics_from_ranks(found[shipped.name]["test"].ranks),
         },
     )
+    if run.rationales is not None and shipped.head is not None:
+        head = run.accelerator.unwrap_model(shipped.head)
+        assert isinstance(head, RationaleHead)
+        head.save(run.folder / HEAD, {"store": run.rationales.facts(run.data)["store"]})
     table = pl.DataFrame({"user_id": run.data.user_ids})
     for name, of_learner in found.items():
         for split, evaluation in of_learner.items():

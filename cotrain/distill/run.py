@@ -21,8 +21,10 @@ from cotrain.data.item_text import identity, item_texts, kept, sentence_vectors
 from cotrain.distill.loop import Run, fit
 from cotrain.distill.outcome import finish
 from cotrain.distill.querying import RandomQuery, Teacher
+from cotrain.distill.rationales import Rationales
 from cotrain.distill.state import CotrainState, new_state, restore_checkpoint
 from cotrain.errors import CheckpointError, ConfigError, DataError, TeacherError
+from cotrain.rationale.store import RationaleStore
 from cotrain.runtime import checkpoint, tracking
 from cotrain.runtime.seeding import seed_everything
 from cotrain.student.losses import make_loss
@@ -124,6 +126,7 @@ def prepare(config: Config, resume: bool = False) -> tuple[CotrainState, Run]:
     for note in data.notes:
         say(f"  {note}")
     check_against_data(config, data, accelerator.num_processes)
+    rationales = open_rationales(config, data, accelerator, say)
     teacher, teacher_size = None, None
     if config.teacher.model is not None:
         with accelerator.main_process_first():
@@ -136,7 +139,10 @@ def prepare(config: Config, resume: bool = False) -> tuple[CotrainState, Run]:
         config.train.num_negatives, config.train.negatives_power, config.train.logq_correction,
         config.train.gbce_calibration,
     )  # fmt: skip
-    state = new_state(data.num_items, teacher_size, config, accelerator, item_text)
+    state = new_state(
+        data.num_items, teacher_size, config, accelerator, item_text,
+        None if rationales is None else rationales.matched,
+    )  # fmt: skip
     log_bytes = 0
     if resume:
         log_bytes = restore_checkpoint(state, folder, config, accelerator)
@@ -148,7 +154,27 @@ def prepare(config: Config, resume: bool = False) -> tuple[CotrainState, Run]:
     accelerator.wait_for_everyone()
     log = tracking.MetricsLog(folder, accelerator, log_bytes, state.step if resume else None)
     say_plan(config, data, state, teacher, folder, say)
-    return state, Run(config, data, teacher, loss, accelerator, log, folder)
+    return state, Run(config, data, teacher, rationales, loss, accelerator, log, folder)
+
+
+def open_rationales(
+    config: Config, data: InteractionData, accelerator: Accelerator, say: Any
+) -> Rationales | None:
+    """The rationales that the settings name, each found in the training data.
+
+    Raises:
+        DataError: They cannot be read, or are not of these data and this split.
+    """
+    if config.distill.rationales is None:
+        return None
+    matched = RationaleStore.open(Path(config.distill.rationales)).match(data)
+    rationales = Rationales(matched, config.distill, accelerator)
+    facts = rationales.facts(data)
+    say(
+        f"Rationales: {facts['rows']:,} for {facts['users']:,} of {data.num_users:,} users, "
+        f"{facts['dimension']} dimensions by {facts['encoder']}"
+    )
+    return rationales
 
 
 def check_against_data(config: Config, data: InteractionData, num_processes: int) -> None:
@@ -308,6 +334,12 @@ def say_plan(
             f"Plan: {train.warmup_epochs} epochs of {train.loss}, then "
             f"{train.epochs - train.warmup_epochs} with the teacher on {asked:,} rows "
             f"(about {tracking.clock(asked / teacher.probed_rows_per_s)} of teacher time)"
+        )
+        plan += " and with rationales" if config.distill.rationales else ""
+    elif config.distill.rationales:
+        plan = (
+            f"Plan: {train.warmup_epochs} epochs of {train.loss}, then "
+            f"{train.epochs - train.warmup_epochs} with rationales and without a live teacher"
         )
     say(plan + (f"; cut short at step {train.max_steps}" if train.max_steps else ""))
     say(f"Run folder: {folder}\n")

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from cotrain.config import Config
 from cotrain.distill.alignment import Projector
 from cotrain.distill.meters import TeacherMeter
 from cotrain.errors import CheckpointError
+from cotrain.rationale.head import new_head
+from cotrain.rationale.store import MatchedRationales
 from cotrain.runtime import checkpoint, tracking
 from cotrain.runtime.seeding import all_states, set_all_states
 from cotrain.student.item_text import start_from_text
@@ -23,22 +26,39 @@ from cotrain.student.sasrec import SASRec
 
 @dataclass
 class Learner:
-    """A model with what trains it, and its best state on validation so far."""
+    """A model with what trains it, and its best state on validation so far.
+
+    Attributes:
+        head: W_r from its states to rationales; None without rationales. The control has one too,
+            which leaves it alone: it finds reasons for what a model recommends that never saw any.
+    """
 
     name: str
     model: nn.Module
     optimizer: torch.optim.Optimizer
+    head: nn.Module | None = None
     best_metric: float = -1.0
     best_epoch: int = 0
     best_weights: dict[str, Tensor] = field(default_factory=dict)
+    best_head: dict[str, Tensor] = field(default_factory=dict)
 
-    def consider(self, weights: dict[str, Tensor], metric: float, epoch: int) -> None:
-        """Keep a copy of these weights if their validation metric is the best so far."""
+    def consider(self, metric: float, epoch: int, accelerator: Accelerator) -> None:
+        """Keep a copy of the weights if their validation metric is the best so far."""
         if metric > self.best_metric:
             self.best_metric, self.best_epoch = metric, epoch
-            self.best_weights = {
-                key: value.detach().cpu().clone() for key, value in weights.items()
-            }
+            self.best_weights = _copy_of(accelerator.unwrap_model(self.model))
+            if self.head is not None:
+                self.best_head = _copy_of(accelerator.unwrap_model(self.head))
+
+    def restore_best(self, accelerator: Accelerator) -> None:
+        """Go back to the best weights."""
+        accelerator.unwrap_model(self.model).load_state_dict(self.best_weights)
+        if self.head is not None:
+            accelerator.unwrap_model(self.head).load_state_dict(self.best_head)
+
+
+def _copy_of(model: nn.Module) -> dict[str, Tensor]:
+    return {key: value.detach().cpu().clone() for key, value in model.state_dict().items()}
 
 
 @dataclass
@@ -81,8 +101,9 @@ def new_state(
     config: Config,
     accelerator: Accelerator,
     item_text: Tensor | None = None,
+    rationales: MatchedRationales | None = None,
 ) -> CotrainState:
-    """A fresh student and projector, prepared, at step 0.
+    """A fresh student, projector and head, prepared, at step 0.
 
     Args:
         num_items: Size of the catalogue without padding.
@@ -90,6 +111,7 @@ def new_state(
         config: Settings of the run.
         accelerator: Prepares models and optimizer.
         item_text: (num_items, E) text embedding of each item to start from; None: random.
+        rationales: Those of the training data, or None.
     """
     settings = config.student
     model = SASRec(
@@ -103,13 +125,21 @@ def new_state(
     )
     if item_text is not None:
         start_from_text(model, item_text)
-    projector = None if teacher_size is None else Projector(teacher_size, settings.hidden_size)
-    optimizer = make_optimizer(model, projector, config)
+    projector, head = None, None
+    # On the side: whoever teaches, the student starts and drops out alike.
+    with torch.random.fork_rng(devices=[]):
+        if teacher_size is not None:
+            projector = Projector(teacher_size, settings.hidden_size)
+        if rationales is not None:
+            head = new_head(rationales, settings.hidden_size, config.distill.rdr_targets)
+    optimizer = make_optimizer([model, projector, head], config)
     model, optimizer = accelerator.prepare(model, optimizer)
     if projector is not None:
         projector = accelerator.prepare(projector)
+    if head is not None:
+        head = accelerator.prepare(head)
     return CotrainState(
-        student=Learner("student", model, optimizer),
+        student=Learner("student", model, optimizer, head),
         projector=projector,
         control=None,
         meter=TeacherMeter(config.teacher.num_candidates),
@@ -127,13 +157,9 @@ def learning_rate(step: int, total_steps: int, config: Config) -> float:
     return train.learning_rate * (train.final_lr_ratio + (1 - train.final_lr_ratio) * cosine)
 
 
-def make_optimizer(
-    student: nn.Module, projector: nn.Module | None, config: Config
-) -> torch.optim.Optimizer:
-    """AdamW; the student's parameters are group 0, the projector's group 1."""
-    groups = [{"params": list(student.parameters())}]
-    if projector is not None:
-        groups.append({"params": list(projector.parameters())})
+def make_optimizer(modules: Sequence[nn.Module | None], config: Config) -> torch.optim.Optimizer:
+    """AdamW; the parameters of each module, the student first, are a group."""
+    groups = [{"params": list(module.parameters())} for module in modules if module is not None]
     train = config.train
     kind = LazyAdamW if train.item_updates == "lazy" else torch.optim.AdamW
     return kind(
@@ -143,17 +169,27 @@ def make_optimizer(
 
 
 def fork_control(state: CotrainState, config: Config, accelerator: Accelerator) -> Learner:
-    """The student's twin: same weights, optimizer state and best state so far."""
+    """The student's twin: same weights, optimizer state and best state so far. Its head, where
+    there are rationales, starts untrained, as the student's does at the same moment."""
     student = state.student
     model = copy.deepcopy(accelerator.unwrap_model(student.model))
-    optimizer = make_optimizer(model, None, config)
-    saved = student.optimizer.state_dict()
+    head = None
+    if student.head is not None:
+        head = copy.deepcopy(accelerator.unwrap_model(student.head))
+    optimizer = make_optimizer([model, head], config)
+    saved, own = student.optimizer.state_dict(), optimizer.state_dict()
     group = saved["param_groups"][0]
     moments = {index: saved["state"][index] for index in group["params"] if saved["state"]}
-    optimizer.load_state_dict(copy.deepcopy({"state": moments, "param_groups": [group]}))
+    groups = [group, *own["param_groups"][1:]]
+    optimizer.load_state_dict(copy.deepcopy({"state": moments, "param_groups": groups}))
     model, optimizer = accelerator.prepare(model, optimizer)
+    if head is not None:
+        head = accelerator.prepare(head)
     best = {key: value.clone() for key, value in student.best_weights.items()}
-    return Learner("control", model, optimizer, student.best_metric, student.best_epoch, best)
+    best_head = {key: value.clone() for key, value in student.best_head.items()}
+    return Learner(
+        "control", model, optimizer, head, student.best_metric, student.best_epoch, best, best_head
+    )
 
 
 _POSITION = (
@@ -189,6 +225,12 @@ def save_checkpoint(
             weights[learner.name] = accelerator.unwrap_model(learner.model).state_dict()
             if learner.best_weights:
                 weights[f"best_{learner.name}"] = learner.best_weights
+            if learner.head is not None:
+                weights[f"{learner.name}_head"] = accelerator.unwrap_model(
+                    learner.head
+                ).state_dict()
+                if learner.best_head:
+                    weights[f"best_{learner.name}_head"] = learner.best_head
             learners[learner.name] = {
                 "optimizer": learner.optimizer.state_dict(),
                 "best_metric": learner.best_metric,
@@ -233,6 +275,10 @@ def restore_checkpoint(
         learner.optimizer.load_state_dict(facts["optimizer"])
         learner.best_metric, learner.best_epoch = facts["best_metric"], facts["best_epoch"]
         learner.best_weights = weights.get(f"best_{learner.name}", {})
+        if learner.head is not None:
+            head = accelerator.unwrap_model(learner.head)
+            head.load_state_dict(weights[f"{learner.name}_head"])
+            learner.best_head = weights.get(f"best_{learner.name}_head", {})
     for name in _POSITION:
         setattr(state, name, saved[name])
     own = saved["processes"][accelerator.process_index]

@@ -31,7 +31,8 @@ _LOSS_CAPTIONS = {
     ),
     "loss_rdr": (
         "Rationale loss",
-        "One minus the cosine between user state and rationale embedding; lower means closer",
+        "How far the user states are from the vectors of their rationales, in the form that the "
+        "settings name; lower means closer",
     ),
 }
 
@@ -63,8 +64,9 @@ def read_series(curves: Iterable[dict], kind: str, key: str, model: str | None =
 
 
 def teacher_start(curves: Iterable[dict]) -> float | None:
-    """Epoch of the first training step in which the teacher took part; None if it never did."""
-    keys = ("teacher_rows_per_s", "teacher_entropy", "loss_rank", "loss_emb")
+    """Epoch of the first training step in which teacher or rationales took part; None if they never
+    did."""
+    keys = ("teacher_rows_per_s", "teacher_entropy", "loss_rank", "loss_emb", "loss_rdr")
     epochs = [
         row.get("epoch", row.get("step", 0))
         for row in curves
@@ -90,6 +92,7 @@ def draw_charts(report: dict[str, Any], curves: list[dict]) -> list[Chart]:
                 _speed_chart(curves),
                 *_position_charts(teacher),
             ]
+        charts.append(_rationale_chart(curves))
         charts.append(_effective_rank_chart(curves, start))
     return [chart for chart in charts if chart is not None]
 
@@ -101,9 +104,9 @@ def _validation_chart(curves: list[dict], start: float | None) -> Chart | None:
     }
     caption = "Higher is better"
     if lines["control"].x.size:
-        caption += "; the gap between the curves is what the teacher changed"
+        caption += "; the gap between the curves is what distillation changed"
     if start is not None:
-        caption += "; the dotted line marks where the teacher starts"
+        caption += "; the dotted line marks where it starts"
     return line_chart(
         "learning", "Validation NDCG@10", f"{caption}.", lines, start=start, from_zero=False
     )
@@ -129,6 +132,19 @@ def _loss_charts(curves: list[dict], start: float | None) -> list[Chart | None]:
             line_chart("learning", title, f"{caption}.", lines, start=start, from_zero=False)
         )
     return charts
+
+
+def _rationale_chart(curves: list[dict]) -> Chart | None:
+    lines = {
+        "student": read_series(curves, "train", "rationale_cosine"),
+        "control": read_series(curves, "train", "control_rationale_cosine"),
+    }
+    return line_chart(
+        "rationales", "Closeness to the rationales",
+        "Cosine between W_r u and the vector of the rationale, mean over the rows of a step; the "
+        "control's W_r learns beside a model that never saw a rationale.",
+        lines, from_zero=False,
+    )  # fmt: skip
 
 
 def _entropy_chart(teacher: dict[str, Any], curves: list[dict]) -> Chart | None:

@@ -16,6 +16,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from cotrain.evaluation.charts import draw_charts
 from cotrain.evaluation.drawing import PALETTE
 from cotrain.evaluation.formats import NONE, duration, number, p_text, percent, signed
+from cotrain.evaluation.rationale_view import rationale_rows
 from cotrain.evaluation.teacher_view import answer_rows, example_view, teacher_rows
 
 PRIMARY_METRIC = "ndcg@10"
@@ -82,31 +83,35 @@ def json_ready(value: Any) -> Any:
 
 
 def verdict(report: dict[str, Any]) -> Verdict:
-    """Whether the teacher helped, in words that follow from the interval of the lift."""
+    """Whether distillation helped, in words that follow from the interval of the lift."""
     teacher, lift = report.get("teacher"), _primary_lift(report)
+    taught = _taught_by(report)
     student = report["student"].get("test", {}).get(PRIMARY_METRIC)
     if not report.get("control") or lift is None:
-        if not teacher:
+        if not taught:
             headline = "The student was trained without a teacher"
         else:
             missing = "its lift was not measured" if report.get("control") else "it has no control"
-            headline = f"This run cannot say whether the teacher helped: {missing}"
+            headline = f"This run cannot say whether {_lower(taught)} helped: {missing}"
         return Verdict(
             "neutral", headline, f"NDCG@10 on test {number(student)}. {_shipped(report)}"
         )
 
     low, high = lift["ci95"]
     tone = "neutral"
-    if not teacher or not teacher.get("rows_asked"):
-        headline = "The teacher was never asked, so this run says nothing about it"
-    elif not teacher.get("rows_valid"):
+    reasons = (report.get("rationales") or {}).get("lambda_rdr")
+    if not reasons and not (teacher or {}).get("rows_asked"):
+        headline = "Nobody taught the student, so this run says nothing about distillation"
+        if teacher:
+            headline = "The teacher was never asked, so this run says nothing about it"
+    elif not reasons and not (teacher or {}).get("rows_valid"):
         headline = "The teacher gave no usable answer, so this run says nothing about it"
     elif low is None or high is None:
-        headline = "The lift has no interval, so this run says nothing about the teacher"
+        headline = f"The lift has no interval, so this run says nothing about {_lower(taught)}"
     elif low > 0:
-        tone, headline = "good", "The teacher helped: the student beats its control"
+        tone, headline = "good", f"{taught} helped: the student beats its control"
     elif high < 0:
-        tone, headline = "bad", "The teacher hurt: the student is worse than its control"
+        tone, headline = "bad", f"{taught} hurt: the student is worse than its control"
     else:
         headline = "The student is not distinguishable from its control"
     control = report["control"].get("test", {}).get(PRIMARY_METRIC)
@@ -115,6 +120,19 @@ def verdict(report: dict[str, Any]) -> Verdict:
         f"{lift_text(lift)}. {_shipped(report)}"
     )
     return Verdict(tone, headline, detail)
+
+
+def _taught_by(report: dict[str, Any]) -> str:
+    """Who is to be credited or blamed, at the beginning of a sentence; empty: nobody."""
+    teacher, rationales = report.get("teacher"), report.get("rationales") or {}
+    # Without weight rationales are there to explain and not to teach.
+    if not rationales.get("lambda_rdr"):
+        return "The teacher" if teacher else ""
+    return "Teacher and rationales" if teacher else "The rationales"
+
+
+def _lower(text: str) -> str:
+    return text[:1].lower() + text[1:]
 
 
 def _primary_lift(report: dict[str, Any]) -> dict[str, Any] | None:
@@ -201,10 +219,11 @@ def render_html(report: dict[str, Any], curves: list[dict]) -> str:
         slice_views=_slice_views(report.get("slices") or []),
         teacher_rows=teacher_rows(report),
         answer_rows=answer_rows(report.get("teacher") or {}),
+        rationale_rows=rationale_rows(report.get("rationales") or {}),
         rank_rows=_rank_rows(report.get("effective_rank") or {}),
         charts={
             group: [chart for chart in charts if chart.group == group]
-            for group in ("learning", "teacher", "rank")
+            for group in ("learning", "teacher", "rationales", "rank")
         },
         examples=[example_view(example) for example in report.get("examples") or []],
         config=flattened(report.get("config") or {}),

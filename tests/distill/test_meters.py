@@ -50,6 +50,7 @@ BATCH = SequenceBatch(
     target_ids=torch.tensor([7, 9, 2, 1]),
     cut=torch.arange(4),
     history=torch.tensor([[0, 9], [1, 2], [3, 4], [5, 6]]),
+    first_target=torch.arange(4),
 )
 ASKED = torch.tensor([True, True, True, False])
 

@@ -73,6 +73,7 @@ def batch_of(*histories: list[int], cut: list[int] | None = None) -> SequenceBat
         target_ids=targets,
         cut=sequences.starts + places,
         history=left_pad([np.array(history[:-1]) for history in histories]),
+        first_target=torch.zeros(len(histories), dtype=torch.int64),
     )
 
 
