@@ -34,6 +34,10 @@ BELOW = {
         "cotrain.errors", "cotrain.config", "cotrain.data", "cotrain.runtime", "cotrain.student",
         "cotrain.teacher", "cotrain.evaluation", "cotrain.rationale",
     },
+    "cotrain.comparison": {
+        "cotrain.errors", "cotrain.config", "cotrain.data", "cotrain.runtime",
+        "cotrain.evaluation", "cotrain.rationale", "cotrain.distill",
+    },
     "cotrain.benchmarks": {
         "cotrain.errors", "cotrain.config", "cotrain.assets", "cotrain.data", "cotrain.runtime",
         "cotrain.student", "cotrain.teacher", "cotrain.evaluation", "cotrain.distill",
