@@ -143,20 +143,34 @@ def _states(
     with bar:
         for start in range(0, len(unique), _USERS):
             part = unique[start : start + _USERS]
-            # Histories longer than the student sees are looked at a piece at a time.
-            pieces = [
-                (begin, min(begin + length, end - 1))
+            # Histories longer than the student sees are looked at through windows that overlap by
+            # half, and each position where more of its history is seen.
+            windows = [
+                window
                 for user in part.tolist()
-                for end in [int(data.held_out.train_end[user])]
-                for begin in range(int(data.offsets[user]), end - 1, length)
+                for window in _windows(
+                    int(data.offsets[user]), int(data.held_out.train_end[user]) - 1, length
+                )
             ]
-            packed = pack([data.items[begin:end] for begin, end in pieces])
+            packed = pack([data.items[begin:end] for begin, _, end in windows])
             states = model.encode(packed.to(device))
-            places = np.empty(len(states), dtype=np.int64)
-            for first, (begin, end) in zip(packed.starts.tolist(), pieces, strict=True):
-                places[first : first + end - begin] = np.arange(begin + 1, end + 1)
-            yield places, states
+            places, rows = [], []
+            for first, (begin, new, end) in zip(packed.starts.tolist(), windows, strict=True):
+                places.append(np.arange(new + 1, end + 1))
+                rows.append(np.arange(first + new - begin, first + end - begin))
+            yield np.concatenate(places), states[torch.from_numpy(np.concatenate(rows))]
             bar.update(len(part))
+
+
+def _windows(start: int, end: int, length: int) -> list[tuple[int, int, int]]:
+    """Cover items [start, end) by windows of at most `length`: where each begins, from where on it
+    shows what the one before did not, and where it ends."""
+    windows = [(start, start, min(end, start + length))]
+    while windows[-1][2] < end:
+        seen = windows[-1][2]
+        begin = seen - length // 2
+        windows.append((begin, seen, min(end, begin + length)))
+    return windows
 
 
 @torch.no_grad()

@@ -264,7 +264,7 @@ def test_more_users_do_not_change_what_is_drawn_of_the_others(select: Select):
 def states_one_by_one(data: InteractionData, student: Recommender) -> torch.Tensor:
     """(n, D) state before each training interaction, each by itself.
 
-    The student sees a history a piece at a time: of `LENGTH` items, from the first on.
+    Of a history longer than `LENGTH` a position is seen with the half that lies before it at least.
     """
     model = student.model.eval()
     states = []
@@ -272,7 +272,8 @@ def states_one_by_one(data: InteractionData, student: Recommender) -> torch.Tens
         for place in all_places(data):
             user = int(np.searchsorted(data.offsets, place, "right")) - 1
             before = data.items[data.offsets[user] : place]
-            begin = (len(before) - 1) // LENGTH * LENGTH
+            new = LENGTH - LENGTH // 2  # that a window after the first shows
+            begin = max(0, -(-(len(before) - LENGTH) // new) * new)
             states.append(model.user_states([before[begin:]])[0])
     return torch.stack(states)
 
