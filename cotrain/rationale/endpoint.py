@@ -5,7 +5,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from dataclasses import dataclass
 from itertools import islice
 from queue import Empty, SimpleQueue
@@ -107,7 +107,9 @@ class Endpoint:
         """
         self._ask(("", "Say yes."), threading.Event(), max_tokens=1)
 
-    def write(self, messages: Iterable[tuple[str, str]]) -> Iterator[list[tuple[int, Answer]]]:
+    def write(
+        self, messages: Iterable[tuple[str, str]]
+    ) -> Generator[list[tuple[int, Answer]], None, None]:
         """Answers with the place of their question, as they come; an empty list now and then where
         none comes, so that whoever waits can stop. Questions are read when they are sent; closing
         the iterator sends no more of them.

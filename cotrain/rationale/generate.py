@@ -262,7 +262,7 @@ def write_all(
                     continue
                 key, ask = keys[place], asks[place]
                 new.append(_rationale(data, key, ask, answer, checks, config, writer))
-            unasked += sum(answer is None for _, answer in answers)
+            unasked += sum(answer is None and place not in done for place, answer in answers)
             rows += len(new)
             tokens += sum(rationale.tokens or 0 for rationale in new)
             flagged += sum(bool(rationale.flags) for rationale in new)
@@ -277,6 +277,8 @@ def write_all(
                     f"Stopped with {len(kept.written) + len(dropped.written):,} rationales in "
                     f"{kept.path.parent}. The same command goes on."
                 )
+    if isinstance(writer, EndpointWriter) and writer.endpoint.retries:
+        print(f"Tries that followed a failure: {writer.endpoint.retries:,}.")
     if unasked:
         print(f"Memory does not do for {unasked:,} of them; the same command tries them again.")
     return {"rows": rows, "tokens": tokens, "seconds": time.perf_counter() - started}
