@@ -69,6 +69,7 @@ def cotrain_step(
     config: Config,
     accelerator: Accelerator,
     rationales: Rationales | None = None,
+    rationales_teach: bool = True,
 ) -> dict[str, float]:
     """One optimizer step of the student, and of the control beside it.
 
@@ -82,7 +83,8 @@ def cotrain_step(
         loss: What the data teach by.
         config: Settings of the run.
         accelerator: Device and collectives.
-        rationales: None while they do not teach.
+        rationales: Of the training data, or None.
+        rationales_teach: False: only W_r learns, from states that it leaves alone.
 
     Returns:
         Losses, each a mean over its own rows of all processes, and the teacher's entropy.
@@ -99,7 +101,8 @@ def cotrain_step(
     reasons = RationaleTerms(nothing, nothing, nothing)
     found = None if rationales is None else rationales.of_batch(batch, device)
     if rationales is not None and found is not None:
-        reasons = rationales.terms(state.student.head, output.states, found)
+        weight = config.distill.lambda_rdr if rationales_teach else 0.0
+        reasons = rationales.terms(state.student.head, output.states, found, weight)
 
     sums = [output.loss_sum, output.n_targets]
     sums += [terms.rank_sum, terms.emb_sum, terms.entropy_sum, terms.n_valid]
@@ -116,6 +119,7 @@ def cotrain_step(
         report["teacher_entropy"] = nats / n_rows
     if n_reasons:
         report |= {"rationale_rows": n_reasons, "rationale_cosine": 1 - distance / n_found}
+    if n_reasons and rationales_teach:
         report["loss_rdr"] = rdr / n_found
     report["loss"] = (
         report["loss_ce"]
@@ -143,7 +147,7 @@ def cotrain_step(
             control = state.control.model(on_device, loss)
         total = control.loss_sum / n_targets
         if rationales is not None and found is not None:
-            beside = rationales.terms(state.control.head, control.states, found, weight=0)
+            beside = rationales.terms(state.control.head, control.states, found, 0.0)
             total = total + beside.gradient_sum / n_found
             distance = _total(beside.head_sum, accelerator).item()
             if n_reasons:
@@ -301,7 +305,7 @@ def fit(state: CotrainState, run: Run) -> None:
             distills = run.config.distills and state.epoch >= train.warmup_epochs
             if distills and state.epoch == train.warmup_epochs and state.step_in_epoch == 0:
                 start_distilling(state, run, dataset)
-            teacher, rationales = (run.teacher, run.rationales) if distills else (None, None)
+            teacher = run.teacher if distills else None
             sampler.start_at(state.epoch, state.step_in_epoch)
             for batch in loader:
                 if state.step >= pace.total_steps:
@@ -311,8 +315,9 @@ def fit(state: CotrainState, run: Run) -> None:
                     for group in learner.optimizer.param_groups:
                         group["lr"] = rate
                 report = cotrain_step(
-                    state, batch, teacher, run.loss, run.config, accelerator, rationales
-                )
+                    state, batch, teacher, run.loss, run.config, accelerator, run.rationales,
+                    rationales_teach=distills,
+                )  # fmt: skip
                 state.step += 1
                 state.step_in_epoch += 1
                 pace.tick(report)

@@ -40,8 +40,10 @@ class RationaleTerms:
 class Rationales:
     """The rationales of the training data, as a step uses them.
 
-    Every position of a sequence that has one learns from it in every epoch, not only the cut: a
-    position's rationale is a function of its history and target, which stay what they are.
+    W_r learns from the first step on, so that it leads somewhere when the student begins to follow:
+    a random one would pull it anywhere. Every position of a sequence that has a rationale learns
+    from it in every epoch, not only the cut: a position's rationale is a function of its history
+    and target, which stay what they are.
 
     Args:
         matched: Rationales, each at its place in the data.
@@ -79,7 +81,7 @@ class Rationales:
         return torch.from_numpy(positions).to(device), vectors.to(device)
 
     def terms(
-        self, head: nn.Module | None, states: Tensor, found: Found, weight: float | None = None
+        self, head: nn.Module | None, states: Tensor, found: Found, weight: float
     ) -> RationaleTerms:
         """Losses of a model's states.
 
@@ -88,11 +90,10 @@ class Rationales:
                 must agree on what is called.
             states: (N, D) of all positions of the batch.
             found: Of the same batch.
-            weight: λ_rdr; None: that of the settings.
+            weight: λ_rdr, or 0: the states are left alone.
         """
         assert head is not None  # made where there are rationales
         positions, vectors = found
-        weight = self.settings.lambda_rdr if weight is None else weight
         bare = self._accelerator.unwrap_model(head)
         assert isinstance(bare, RationaleHead)
         targets, own = bare.targets(vectors), states[positions]

@@ -169,18 +169,22 @@ def make_optimizer(modules: Sequence[nn.Module | None], config: Config) -> torch
 
 
 def fork_control(state: CotrainState, config: Config, accelerator: Accelerator) -> Learner:
-    """The student's twin: same weights, optimizer state and best state so far. Its head, where
-    there are rationales, starts untrained, as the student's does at the same moment."""
+    """The student's twin: same weights, head, optimizer state and best state so far."""
     student = state.student
     model = copy.deepcopy(accelerator.unwrap_model(student.model))
     head = None
     if student.head is not None:
         head = copy.deepcopy(accelerator.unwrap_model(student.head))
     optimizer = make_optimizer([model, head], config)
-    saved, own = student.optimizer.state_dict(), optimizer.state_dict()
-    group = saved["param_groups"][0]
-    moments = {index: saved["state"][index] for index in group["params"] if saved["state"]}
-    groups = [group, *own["param_groups"][1:]]
+    saved = student.optimizer.state_dict()
+    groups = [saved["param_groups"][0], *([saved["param_groups"][-1]] if head else [])]
+    # Where no step was taken yet there are none.
+    moments = {
+        index: saved["state"][index]
+        for group in groups
+        for index in group["params"]
+        if index in saved["state"]
+    }
     optimizer.load_state_dict(copy.deepcopy({"state": moments, "param_groups": groups}))
     model, optimizer = accelerator.prepare(model, optimizer)
     if head is not None:

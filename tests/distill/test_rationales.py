@@ -1,5 +1,6 @@
 """Rationales in the loop: who learns from them, from which, and what they must not touch."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -136,6 +137,28 @@ def test_without_weight_student_and_control_are_the_same_and_both_heads_learn(
     assert not weights(state.student.head).equal(head)
 
 
+def test_the_head_learns_from_the_first_step_and_the_student_after_the_warm_up(
+    prepared: Prepare, store: str
+):
+    """Regression: the head began with the student's pull, at the end of the learning rate's way
+    down, and led nowhere: explanations were no better than chance."""
+    warm_up = ("--train.epochs", "11", "--train.warmup_epochs", "10", "--train.max_steps", "40",
+               "--train.learning_rate", "0.005")  # fmt: skip
+    alone, run = prepared(*ALONE, *warm_up)
+    fit(alone, run)
+    pull = ("--distill.rationales", store, "--distill.lambda_rdr", "1")
+    state, run = prepared(*ALONE, *pull, *warm_up)
+    head = weights(state.student.head)
+    fit(state, run)
+    assert state.step == 40  # four an epoch
+    assert weights(state.student.model).equal(weights(alone.student.model))
+    assert not weights(state.student.head).equal(head)
+    logged = [json.loads(line) for line in (run.folder / "metrics.jsonl").open()]
+    cosines = [row["rationale_cosine"] for row in logged if "rationale_cosine" in row]
+    assert np.mean(cosines[-4:]) > 0.2 + np.mean(cosines[:4])
+    assert not any("loss_rdr" in row for row in logged)
+
+
 def test_rationales_do_not_change_the_control(prepared: Prepare, store: str):
     """Whoever teaches, the control is the student that learned alone."""
     alone, run = prepared(*ALONE)
@@ -166,7 +189,7 @@ def test_a_student_comes_closer_to_its_rationales_than_its_control(
     far = {}
     for learner in state.learners:
         states = learner.model(batch, run.loss).states
-        terms = rationales.terms(learner.head, states, found)
+        terms = rationales.terms(learner.head, states, found, 1.0)
         far[learner.name] = terms.student_sum.item()
     assert far["student"] < 0.97 * far["control"]
 

@@ -416,7 +416,10 @@ def test_every_loss_is_learnt_and_padding_stays_zero_throughout(name, sparse):
     optimizer = LazyAdamW(model.parameters(), lr=0.03, weight_decay=0.01)
     windows = torch.randint(1, 31, (12, 10)).numpy()
     batch = collate(
-        [{"user": 0, "window": window, "cut": 0, "history": window[:1]} for window in windows]
+        [
+            {"user": 0, "window": window, "cut": 0, "history": window[:1], "first_target": 0}
+            for window in windows
+        ]
     )
     values = []
     for _ in range(20):
