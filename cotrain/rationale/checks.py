@@ -167,7 +167,7 @@ class Checks:
         # A category that is part of one that was shown, or of a title, says nothing new.
         others = [name for name in named & self._all_categories
                   if not _belongs(name, of_shown | own)]  # fmt: skip
-        return any(len(name) > 1 or self._genres or _as_a_name(name[0], text) for name in others)
+        return any(more or self._genres or _as_a_name(word, text) for word, *more in others)
 
     def _named(self, text: str) -> Iterable[Words]:
         """Everything in a text that looks like the name of an item."""
