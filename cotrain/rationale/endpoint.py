@@ -18,6 +18,12 @@ from cotrain.errors import TeacherError
 KEY = "OPENAI_API_KEY"
 # Seconds after which who waits for an answer is asked whether to go on.
 _PATIENCE_S = 0.5
+# Refused questions from which on it matters whether they are most of them.
+_MANY = 20
+
+
+class QuestionRefused(TeacherError):
+    """The server takes no question of this kind; others may do."""
 
 
 @dataclass(frozen=True)
@@ -109,28 +115,33 @@ class Endpoint:
 
     def write(
         self, messages: Iterable[tuple[str, str]]
-    ) -> Generator[list[tuple[int, Answer]], None, None]:
+    ) -> Generator[list[tuple[int, Answer | None]], None, None]:
         """Answers with the place of their question, as they come; an empty list now and then where
         none comes, so that whoever waits can stop. Questions are read when they are sent; closing
-        the iterator sends no more of them.
+        the iterator sends no more of them. None in place of an answer: the server refuses this one
+        question, as too long, or by a filter.
 
         Args:
             messages: System text, which may be empty, and user text of each question.
 
         Raises:
-            TeacherError: A question that fails for good; answers that came before have been given.
+            TeacherError: The server fails for good, or refuses most questions; answers that came
+                before have been given.
         """
-        came: SimpleQueue[tuple[int, Answer | Exception]] = SimpleQueue()
+        came: SimpleQueue[tuple[int, Answer | Exception | None]] = SimpleQueue()
         stopped = threading.Event()
 
         def ask(place: int, message: tuple[str, str]) -> None:
             try:
                 came.put((place, self._ask(message, stopped)))
+            except QuestionRefused as error:
+                tqdm.write(f"{error} It is left out.", file=sys.stderr)
+                came.put((place, None))
             except Exception as error:
                 came.put((place, error))
 
         questions = iter(enumerate(messages))
-        answered = under_way = 0
+        answered = refused = under_way = 0
         try:
             while True:
                 for question in islice(questions, self._concurrency - under_way):
@@ -142,9 +153,18 @@ class Endpoint:
                 results = _taken(came)
                 under_way -= len(results)
                 # Those that succeeded first: they are not lost where another failed.
-                answers = [(at, result) for at, result in results if isinstance(result, Answer)]
-                answered += len(answers)
+                answers = [
+                    (at, result) for at, result in results if not isinstance(result, Exception)
+                ]
+                refused += sum(answer is None for _, answer in answers)
+                answered += sum(answer is not None for _, answer in answers)
                 yield answers
+                if refused >= _MANY and refused > answered:
+                    raise TeacherError(
+                        f"The endpoint {self.address}, model {self.model!r}, refuses most "
+                        f"questions: {refused:,} of {refused + answered:,}; why is above. Correct "
+                        "what it names, or take another model."
+                    )
                 for _, error in results:
                     if isinstance(error, TeacherError):
                         raise TeacherError(
@@ -170,7 +190,7 @@ class Endpoint:
                 raw = self._create(model=self.model, messages=messages, **sent)
             except (errors.BadRequestError, errors.UnprocessableEntityError) as error:
                 if not self._give_up_option(error, sent):
-                    raise self._explained(error) from None
+                    raise QuestionRefused(str(self._explained(error))) from None
             except errors.OpenAIError as error:
                 raise self._explained(error) from None
             else:

@@ -280,7 +280,10 @@ def write_all(
     if isinstance(writer, EndpointWriter) and writer.endpoint.retries:
         print(f"Tries that followed a failure: {writer.endpoint.retries:,}.")
     if unasked:
-        print(f"Memory does not do for {unasked:,} of them; the same command tries them again.")
+        why = (
+            "Memory does not do for" if isinstance(writer, LocalWriter) else "The endpoint refused"
+        )
+        print(f"{why} {unasked:,} of them; the same command tries them again.")
     return {"rows": rows, "tokens": tokens, "seconds": time.perf_counter() - started}
 
 

@@ -37,7 +37,8 @@ class Ask:
     seed: tuple[int, ...]
 
 
-# Answers by place in the list of asks. None: it could not be asked, for want of memory.
+# Answers by place in the list of asks. None: it could not be asked, for want of memory, or was
+# refused.
 Answers = list[tuple[int, Answer | None]]
 
 

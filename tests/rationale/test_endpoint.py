@@ -154,7 +154,8 @@ QUESTIONS = [("", f"Why {number}?") for number in range(8)]
 
 def answers_of(endpoint: Endpoint, questions: list[tuple[str, str]] = QUESTIONS) -> list[Answer]:
     """In the order of the questions."""
-    found = dict(pair for batch in endpoint.write(questions) for pair in batch)
+    pairs = [pair for batch in endpoint.write(questions) for pair in batch]
+    found = {place: answer for place, answer in pairs if answer is not None}
     return [found[place] for place in range(len(questions))]
 
 
@@ -191,7 +192,9 @@ def test_answers_keep_the_place_of_their_question(server: Server):
     places = [place for batch in batches for place, _ in batch]
     assert sorted(places) == list(range(8))
     assert places[-1] == 0
-    assert all(answer.text == f"Why {place}?" for batch in batches for place, answer in batch)
+    assert all(
+        answer and answer.text == f"Why {place}?" for batch in batches for place, answer in batch
+    )
     assert all(len(body["messages"]) == 1 for body, *_ in server.requests)  # no system message
 
 
@@ -286,6 +289,28 @@ def test_other_complaints_are_errors_at_once(server: Server):
     with pytest.raises(TeacherError, match="longer than 64 tokens"):
         endpoint_at(server).check()
     assert len(server.requests) == 1
+
+
+def test_a_question_that_is_refused_is_left_out_and_the_others_are_answered(
+    server: Server, capsys: pytest.CaptureFixture[str]
+):
+    def reply(number: int, body: dict[str, Any]) -> Reply:
+        if "Why 3?" in str(body["messages"]):
+            return refused(400, "This one does not pass the filter.")
+        return echo(number, body)
+
+    server.reply = reply
+    found = dict(pair for batch in endpoint_at(server).write(QUESTIONS) for pair in batch)
+    assert [place for place, answer in found.items() if answer is None] == [3]
+    assert len(found) == len(QUESTIONS)
+    assert "does not pass the filter" in capsys.readouterr().err
+
+
+def test_a_server_that_refuses_most_questions_is_an_error(server: Server):
+    server.reply = lambda *_: refused(400, "The template has no room for that.")
+    with pytest.raises(TeacherError, match="refuses most questions"):
+        list(endpoint_at(server).write([("", f"{number}") for number in range(200)]))
+    assert len(server.requests) < 60
 
 
 # ---- failures -----------------------------------------------------------------------------------
