@@ -24,7 +24,8 @@ BELOW = {
     "cotrain.student": {"cotrain.errors", "cotrain.config", "cotrain.data"},
     "cotrain.teacher": {"cotrain.errors", "cotrain.config", "cotrain.assets", "cotrain.data"},
     "cotrain.evaluation": {
-        "cotrain.errors", "cotrain.config", "cotrain.data", "cotrain.student", "cotrain.runtime",
+        "cotrain.errors", "cotrain.config", "cotrain.files", "cotrain.data", "cotrain.student",
+        "cotrain.runtime",
     },
     "cotrain.rationale": {
         "cotrain.errors", "cotrain.config", "cotrain.files", "cotrain.assets", "cotrain.data",
@@ -35,7 +36,7 @@ BELOW = {
         "cotrain.teacher", "cotrain.evaluation", "cotrain.rationale",
     },
     "cotrain.comparison": {
-        "cotrain.errors", "cotrain.config", "cotrain.data", "cotrain.runtime",
+        "cotrain.errors", "cotrain.config", "cotrain.files", "cotrain.data", "cotrain.runtime",
         "cotrain.evaluation", "cotrain.rationale", "cotrain.distill",
     },
     "cotrain.benchmarks": {

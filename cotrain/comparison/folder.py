@@ -1,7 +1,6 @@
 """The folder of a comparison: whose it is, what it was made with, and how far its runs are."""
 
 import fcntl
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +12,7 @@ from cotrain import config as configuration
 from cotrain.comparison.arms import Plan, PlannedRun
 from cotrain.config import Config
 from cotrain.errors import ConfigError, some_of
+from cotrain.files import write_whole
 from cotrain.runtime import checkpoint
 
 MEMORY = "comparison.yaml"
@@ -65,14 +65,12 @@ def remember(plan: Plan) -> list[str]:
         memory["added"] = _added(_read(path), memory, path)
         if not (output / RESULT).exists():
             memory["added"] = _read(path)["added"]
-    elif any(entry.name != ".lock" for entry in output.iterdir()):
+    elif any(not entry.name.startswith(".") for entry in output.iterdir()):
         raise ConfigError(
             f"--output {output} holds other files and no {MEMORY}; choose a folder that is empty "
             "or not yet there."
         )
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(yaml.safe_dump(memory, sort_keys=False), encoding="utf-8")
-    os.replace(temporary, path)
+    write_whole(path, yaml.safe_dump(memory, sort_keys=False))
     return memory["added"]
 
 

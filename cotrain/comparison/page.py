@@ -1,7 +1,6 @@
 """What a comparison leaves: comparison.json, a page, and a table on the console."""
 
 import json
-import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from cotrain.comparison.verdict import STANDINGS, Verdict, standing, verdict
 from cotrain.evaluation.drawing import PALETTE
 from cotrain.evaluation.formats import NONE, duration, number, p_text, percent, signed
 from cotrain.evaluation.report import flattened, json_ready
+from cotrain.files import write_whole
 
 
 def write(result: dict[str, Any], folder: Path) -> tuple[Path, Path]:
@@ -28,15 +28,9 @@ def write(result: dict[str, Any], folder: Path) -> tuple[Path, Path]:
     found = verdict(result)
     plain = json_ready({**result, "verdict": asdict(found)})
     json_path, html_path = folder / "comparison.json", folder / "comparison.html"
-    _write_whole(json_path, json.dumps(plain, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-    _write_whole(html_path, render(plain, found))
+    write_whole(json_path, json.dumps(plain, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    write_whole(html_path, render(plain, found))
     return json_path, html_path
-
-
-def _write_whole(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8", errors="replace")
-    os.replace(temporary, path)
 
 
 def render(result: dict[str, Any], found: Verdict) -> str:

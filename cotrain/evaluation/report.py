@@ -5,7 +5,6 @@ only where the paired interval of the lift excludes zero."""
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from cotrain.evaluation.drawing import PALETTE
 from cotrain.evaluation.formats import NONE, duration, number, p_text, percent, signed
 from cotrain.evaluation.rationale_view import rationale_rows
 from cotrain.evaluation.teacher_view import answer_rows, example_view, teacher_rows
+from cotrain.files import write_whole
 
 PRIMARY_METRIC = "ndcg@10"
 _CONSOLE_METRICS = ("recall@10", "ndcg@10", "mrr")
@@ -50,18 +50,9 @@ def write_report(report: dict[str, Any], curves: list[dict], folder: Path) -> tu
     plain = json_ready(report)
     folder.mkdir(parents=True, exist_ok=True)
     json_path, html_path = folder / "report.json", folder / "report.html"
-    _write_whole(json_path, json.dumps(plain, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-    _write_whole(html_path, render_html(plain, curves))
+    write_whole(json_path, json.dumps(plain, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    write_whole(html_path, render_html(plain, curves))
     return json_path, html_path
-
-
-def _write_whole(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8", errors="replace")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def json_ready(value: Any) -> Any:

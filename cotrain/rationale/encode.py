@@ -27,7 +27,7 @@ from tqdm import tqdm
 from cotrain.config import EncodeConfig
 from cotrain.data.item_text import identity
 from cotrain.errors import CotrainError, DataError
-from cotrain.files import sha256
+from cotrain.files import sha256, write_whole
 from cotrain.rationale import store
 from cotrain.rationale.encoders import TextEncoder, load_encoder
 from cotrain.rationale.records import Rationale, read_rationales
@@ -182,12 +182,7 @@ class _State:
     def save(self) -> None:
         """Whole or not at all, whatever happens meanwhile."""
         content = {name: value for name, value in asdict(self).items() if name != "path"}
-        temporary = self.path.with_suffix(".new")
-        with temporary.open("w", encoding="utf-8") as file:
-            json.dump(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(self.path)
+        write_whole(self.path, json.dumps(content))
 
 
 def _fingerprint(config: EncodeConfig, source: Path) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """What came out of the writing, for people: counts, and ten samples to read."""
 
 import json
-import os
 import random
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -12,6 +11,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from cotrain.data.interactions import InteractionData
+from cotrain.files import write_whole
 from cotrain.rationale.checks import FLAGS
 from cotrain.rationale.records import Rationale
 
@@ -126,9 +126,7 @@ def write_page(
     )
     text = json.dumps(report, indent=2, ensure_ascii=False) + "\n"
     for name, content in (("report.json", text), ("rationales.html", html)):
-        temporary = folder / f".{name}.tmp"
-        temporary.write_text(content, encoding="utf-8")
-        os.replace(temporary, folder / name)
+        write_whole(folder / name, content)
     return folder / "rationales.html"
 
 
