@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,8 @@ MAX_SCORES = 2**24
 MAX_ROWS = 2**14
 # Users for whom items are recommended at once.
 _BATCH = 256
+# Users and rationales whose mean is taken, at most.
+_MEAN_USERS, _MEAN_ROWS = 1000, 20_000
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,7 @@ class Reason:
         item_id: Raw id of its source item, which it was written for.
         title: Of that item.
         own: Whether it was written for this user.
-        cosine: Between it and W_r u.
+        cosine: Between it and W_r u, both without what all have in common.
         likeness: Cosine of the student's vectors of its source item and the recommended one; None
             where it stands for the user as a whole.
     """
@@ -127,6 +130,11 @@ class Explainer:
     ) -> tuple[np.ndarray, np.ndarray]:
         """The rationales nearest to W_r u by cosine, over the whole store, read in parts.
 
+        Of both what all users or all rationales have in common is taken out before. Otherwise the
+        few rationales that are nearest to the mean are nearest to everybody.
+
+        Source: Suzuki et al., "Centering Similarity Measures to Reduce Hubs", EMNLP 2013.
+
         Args:
             states: (B, D) user states.
             count: Rationales a user.
@@ -136,7 +144,8 @@ class Explainer:
             (B, C) rows of the store, nearest first, and their cosines; C = min(count, n). Where
             fewer are left the row is -1 and the cosine -inf.
         """
-        queries = F.normalize(self.head(states.to(self.device)).float(), dim=1)  # (B, E)
+        of_users, of_rationales = self._centres
+        queries = F.normalize(self._directions(states) - of_users, dim=1)  # (B, E)
         count = min(count, len(self.store))
         best = queries.new_full((len(queries), 0), -torch.inf)
         rows = torch.zeros(len(queries), 0, dtype=torch.int64, device=self.device)
@@ -145,7 +154,7 @@ class Explainer:
         for start in range(0, len(self.store), size):
             part = np.arange(start, min(start + size, len(self.store)))
             targets = self.head.targets(self.store.vectors(part).to(self.device))  # (m, E)
-            scores = queries @ targets.T
+            scores = queries @ F.normalize(targets - of_rationales, dim=1).T
             if excluded is not None:
                 owners = torch.from_numpy(self.owners[part]).to(self.device)
                 scores = scores.masked_fill(owners == excluded, -torch.inf)
@@ -154,6 +163,25 @@ class Explainer:
             rows = torch.cat([rows, ids], 1).gather(1, places)
         rows = rows.masked_fill(best == -torch.inf, -1)
         return rows.cpu().numpy(), best.cpu().numpy()
+
+    def _directions(self, states: Tensor) -> Tensor:
+        """(B, E) W_r u of unit length."""
+        return F.normalize(self.head(states.to(self.device)).float(), dim=1)
+
+    @cached_property
+    @torch.no_grad()
+    def _centres(self) -> tuple[Tensor, Tensor]:
+        """(E,) means over training users of W_r u, and over rationales, all of unit length."""
+        draw, model = np.random.default_rng(0), self.recommender.model.eval()
+        users = _some(self.data.trained_users, _MEAN_USERS, draw)
+        histories = [self.data.train_history(user) for user in users.tolist()]
+        states = [
+            model.user_states(histories[start : start + _BATCH])
+            for start in range(0, len(histories), _BATCH)
+        ]
+        rows = _some(np.arange(len(self.store)), _MEAN_ROWS, draw)
+        targets = self.head.targets(self.store.vectors(rows).to(self.device))
+        return self._directions(torch.cat(states)).mean(0), targets.mean(0)
 
     def fitting(self, items: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Which of a user's rationales fit each of the recommended items.
@@ -270,6 +298,13 @@ class Explainer:
         chosen = draw.choice(others, min(count, others), replace=False)
         # Their own are one stretch of the rows by owner: what lies after it moves up.
         return self._by_owner[chosen + (chosen >= start) * (end - start)]
+
+
+def _some(values: np.ndarray, count: int, draw: np.random.Generator) -> np.ndarray:
+    """All, or so many of them, in order."""
+    if len(values) <= count:
+        return values
+    return np.sort(draw.choice(values, count, replace=False))
 
 
 def _check(
