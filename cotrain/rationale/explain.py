@@ -76,7 +76,7 @@ class Explanation:
     Attributes:
         user_id: Raw id.
         items: Best first.
-        nearest: Reasons nearest to W_r u, whatever is recommended.
+        nearest: Reasons nearest to W_r u, whatever is recommended, of equal texts one.
     """
 
     user_id: Any
@@ -260,8 +260,7 @@ class Explainer:
     ) -> Explanation:  # fmt: skip
         """Puts words to what was found for a user: items, places in `rows`, and how they fit."""
         catalog = self.data.catalog
-        overall = min(overall, int((rows >= 0).sum()))
-        wanted = np.union1d(rows[fits[0]], rows[:overall])
+        wanted = rows[rows >= 0]
         texts = dict(zip(wanted.tolist(), self.store.texts(wanted), strict=True))
 
         def reason(place: int, likeness: float | None = None) -> Reason:
@@ -288,7 +287,11 @@ class Explainer:
                 items.tolist(), scores.tolist(), *(fit.tolist() for fit in fits), strict=True
             )
         ]
-        nearest = [reason(place) for place in range(overall)]
+        # Of equal texts the nearest one: the others say nothing more.
+        first: dict[str, int] = {}
+        for place in range(len(wanted)):
+            first.setdefault(texts[int(rows[place])].rationale, place)
+        nearest = [reason(place) for place in list(first.values())[:overall]]
         return Explanation(self.data.user_ids[user], explained, nearest)
 
     def random_rows(self, without: int | None, count: int, draw: np.random.Generator) -> np.ndarray:
