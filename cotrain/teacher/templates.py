@@ -229,8 +229,9 @@ def _field_problems(section: str, text: str, kind: Kind) -> list[str]:
     for field in found:
         if field not in allowed:
             expected = ", ".join(f"{{{name}}}" for name in allowed)
+            shown = " ".join(field.split())  # braces may stand lines apart
             problems.append(
-                f"section {section!r} has the unknown field {{{field}}}; known there: {expected}. "
+                f"section {section!r} has the unknown field {{{shown}}}; known there: {expected}. "
                 "For literal braces double them."
             )
         elif found[field] > 1 and field not in kind.words:

@@ -5,7 +5,7 @@ import string
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from cotrain.errors import ConfigError
@@ -222,6 +222,7 @@ def test_filling_is_that_of_python(parts):
         | st.text(alphabet=string.printable, max_size=8)
     ).map("".join)
 )
+@example("=== system\n{=== system\n}")  # a field over two lines was a mistake over two lines
 def test_any_text_is_a_template_or_a_list_of_mistakes(text):
     try:
         template = parse_template(text, "mine.txt")
