@@ -5,12 +5,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
 from cotrain.comparison.charts import draw_charts
 from cotrain.comparison.verdict import STANDINGS, Verdict, standing, verdict
 from cotrain.evaluation.drawing import PALETTE
-from cotrain.evaluation.formats import NONE, duration, number, p_text, percent, signed
+from cotrain.evaluation.formats import (
+    NONE,
+    duration,
+    number,
+    p_text,
+    page_template,
+    signed,
+)
 from cotrain.evaluation.report import flattened, json_ready
 from cotrain.files import write_whole
 
@@ -40,21 +45,11 @@ def render(result: dict[str, Any], found: Verdict) -> str:
         result: What comparison.json holds.
         found: The verdict on it.
     """
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(
-        number=number, signed=signed, percent=percent, duration=duration, p_text=p_text
-    )
     views: dict[str, list[dict[str, Any]]] = {}
     for row in result["slices"]:
         views.setdefault(row["view"], []).append(row)
     metric = result["metric"]
-    return environment.get_template("page.html.jinja").render(
+    return page_template(Path(__file__).with_name("page.html.jinja")).render(
         result=result,
         verdict=found,
         metric=metric,

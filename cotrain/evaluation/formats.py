@@ -1,4 +1,9 @@
-"""Numbers as reports write them: typographic signs, fixed decimals, – for what is not known."""
+"""Numbers as reports write them: typographic signs, fixed decimals, – for what is not known; and
+the pages that are filled with them."""
+
+from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
 NONE = "–"
 
@@ -41,3 +46,19 @@ def duration(seconds: float | None) -> str:
     if hours:
         return f"{hours} h {minutes} min"
     return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def page_template(path: Path) -> Template:
+    """A page's template: every value escaped, the formats of this module as filters, and an error
+    for a name that it is not given."""
+    environment = Environment(
+        loader=FileSystemLoader(path.parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(
+        number=number, signed=signed, percent=percent, duration=duration, p_text=p_text
+    )
+    return environment.get_template(path.name)

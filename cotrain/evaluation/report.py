@@ -10,11 +10,16 @@ from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
 from cotrain.evaluation.charts import draw_charts
 from cotrain.evaluation.drawing import PALETTE
-from cotrain.evaluation.formats import NONE, duration, number, p_text, percent, signed
+from cotrain.evaluation.formats import (
+    NONE,
+    number,
+    p_text,
+    page_template,
+    percent,
+    signed,
+)
 from cotrain.evaluation.rationale_view import rationale_rows
 from cotrain.evaluation.teacher_view import answer_rows, example_view, teacher_rows
 from cotrain.files import write_whole
@@ -191,18 +196,8 @@ def render_html(report: dict[str, Any], curves: list[dict]) -> str:
         report: as `json_ready` returns it.
         curves: rows of metrics.jsonl.
     """
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(
-        number=number, signed=signed, percent=percent, duration=duration, p_text=p_text
-    )
     charts = draw_charts(report, curves)
-    return environment.get_template("report.html.jinja").render(
+    return page_template(Path(__file__).with_name("report.html.jinja")).render(
         report=report,
         verdict=verdict(report),
         metrics=_metric_names(report),

@@ -249,9 +249,7 @@ class Explainer:
         for user, (_, items, scores), rows, near in zip(users, made, found, cosines, strict=True):
             places, likeness = self.fitting(items, rows[rows >= 0][:pool])
             fits = (places[:, :reasons], likeness[:, :reasons])
-            explanations.append(
-                self._explanation(user, items, scores, fits, rows, near, min(overall, len(rows)))
-            )
+            explanations.append(self._explanation(user, items, scores, fits, rows, near, overall))
         return explanations
 
     def _explanation(
