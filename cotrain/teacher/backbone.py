@@ -99,7 +99,7 @@ class Backbone:
         before = self.adapter
         self._remove_adapter(name)
         try:
-            with _quiet_loading():
+            with quiet_loading():
                 loaded = self.model.load_adapter(
                     source, adapter_name=name, ignore_mismatched_sizes=True
                 )
@@ -132,7 +132,7 @@ class Backbone:
             TeacherError: There is none, or not of a LoRA of other layers alone.
         """
         try:
-            with _quiet_loading():
+            with quiet_loading():
                 config = PeftConfig.from_pretrained(source)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise self._no_adapter(source, error) from error
@@ -186,7 +186,6 @@ class Backbone:
             self.model.disable_adapters()
         self.adapter = name
 
-    @torch.no_grad()
     def token_logits(self, states: Tensor, token_ids: Tensor) -> Tensor:
         """Output logits of a few tokens, from only their rows of the output head.
 
@@ -201,7 +200,6 @@ class Backbone:
         bias = None if head.bias is None else head.bias[token_ids]
         return self._scaled(F.linear(states.to(head.weight.dtype), head.weight[token_ids], bias))
 
-    @torch.no_grad()
     def logits(self, states: Tensor) -> Tensor:
         """(B, vocabulary) float32 output logits of (B, H) states."""
         head = self._head()
@@ -256,7 +254,7 @@ def load_backbone(
     # On its own, because loading weights may take minutes and this does not.
     tokenizer, _ = load_tokenizer(name)
     try:
-        with _quiet_loading():
+        with quiet_loading():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 source,
                 dtype=dtype,
@@ -343,7 +341,7 @@ def _stable(value: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _quiet_loading() -> Iterator[None]:
+def quiet_loading() -> Iterator[None]:
     """Without the libraries' bars and hints: a run prints its own lines about what it loads."""
     level = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()

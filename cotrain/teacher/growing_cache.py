@@ -46,12 +46,12 @@ class _Layer(DynamicLayer):
             self._filled_to(self.get_seq_length() + tokens_to_remove)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep these rows, in this order."""
+        """Keep these rows, in this order; one may be named several times."""
         if not self.is_initialized:
             return
         filled = self.get_seq_length()
         for place, memory in enumerate(self._memory):
-            self._memory[place] = self._set_aside(memory[: len(indices)])
+            self._memory[place] = memory.new_empty((len(indices), *memory.shape[1:]))
             torch.index_select(
                 memory[:, :, :filled], 0, indices, out=self._memory[place][:, :, :filled]
             )

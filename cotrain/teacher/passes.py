@@ -244,8 +244,22 @@ class Steps:
         self.lengths, self.state = self.lengths - count, state
         return after
 
+    @torch.no_grad()
+    def read(self, suffixes: Sequence[list[int]]) -> Tensor:
+        """(B, H) state at the end of each row's suffix of one token or more, which are taken back
+        again."""
+        tokens = padded(suffixes)
+        count = tokens.shape[1]
+        positions = self.lengths[:, None] + torch.arange(count, device=self.lengths.device)
+        mask = self.mask[:, : self.cache.get_seq_length() + count]
+        hidden = self.passes._decode(tokens, cache=self.cache, positions=positions, mask=mask)
+        self.cache.crop(-count)
+        # What stands after a row's own end it cannot see.
+        last = torch.tensor([len(suffix) - 1 for suffix in suffixes], device=hidden.device)
+        return hidden[torch.arange(len(suffixes), device=hidden.device), last]
+
     def keep(self, rows: Tensor) -> None:
-        """Go on with these rows only, (n,) indices on the CPU."""
+        """Go on with these rows only, (n,) indices on the CPU; one may be named several times."""
         rows = rows.to(self.state.device)
         self.cache.batch_select_indices(rows)
         self.mask, self.lengths, self.state = self.mask[rows], self.lengths[rows], self.state[rows]

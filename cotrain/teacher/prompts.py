@@ -13,6 +13,9 @@ from cotrain.teacher.identifiers import make_identifiers
 from cotrain.teacher.segments import ItemTokens, Segments, make_line
 from cotrain.teacher.templates import Template, cut, load_template
 
+# Before the line of the right candidate, where the teacher is to say why it is.
+_HINT = "\n\nThe right one is:\n"
+
 
 class PromptBuilder:
     """Assembles prompts for one tokenizer and one catalogue.
@@ -35,6 +38,7 @@ class PromptBuilder:
     Attributes:
         prefix: The tokens with which every prompt begins.
         identifiers: What candidates are called and the tokens by which the teacher says it.
+        opening: In `cot`, the text that opens the reasoning, the last of a prompt; else empty.
         answer: In `cot`, the tokens that end the reasoning and open the ranking; else none.
         answer_tokens: Tokens of a whole ranking after the answer prefix, the end of the answer
             included, as `generate` writes it.
@@ -69,6 +73,7 @@ class PromptBuilder:
         answer_text = "".join(cut(template.answer, words))
         tail_text = self._encode_frame(template, words, mode, answer_text)
         in_cot = mode == "cot"
+        self.opening = "".join(cut(template.reasoning, words)) if in_cot else ""
         self.answer = self._segments.encode(f"\n{answer_text}") if in_cot else []
         self.identifiers = make_identifiers(
             tokenizer, self._segments.encode, f"\n{answer_text}" if in_cot else tail_text,
@@ -90,22 +95,37 @@ class PromptBuilder:
         self.max_prompt_tokens = max_context_tokens - reserved_tokens - further
         self._check_candidates_fit(max_title_tokens, max_context_tokens)
 
-    def build(self, history: Sequence[int], shown: Sequence[int]) -> list[int]:
+    def build(
+        self, history: Sequence[int], shown: Sequence[int], hint: int | None = None,
+        labels: Sequence[int] | None = None,
+    ) -> list[int]:  # fmt: skip
         """Token ids of one prompt.
 
         Args:
             history: Item indices, oldest first. The last `history_length` are used, fewer where
                 the context is short: the oldest go first.
             shown: At most `num_shown` item indices in the order in which they are labelled.
+            hint: Place among them of the right one, which is then told; none: nothing is.
+            labels: Which identifiers they get, by place among `identifiers`; none: the first ones.
         """
         if len(shown) > self.num_shown:
             raise ValueError(f"{len(shown)} candidates to show; expected at most {self.num_shown}")
-        labelled = zip(self._candidate_lines, shown, strict=False)
+        lines = self._candidate_lines[: len(shown)]
+        if labels is not None:
+            lines = [self._candidate_lines[label] for label in labels]
+        labelled = zip(lines, shown, strict=True)
         candidates = self._segments.joined([self._items.fill(*pair) for pair in labelled])
-        room = self.max_prompt_tokens - self._num_fixed - len(candidates)
+        told: list[int] = []
+        if hint is not None:
+            told = self._hint + self._items.fill(lines[hint], shown[hint])
+        room = self.max_prompt_tokens - self._num_fixed - len(candidates) - len(told)
         past = self._items.past(self._history_line, history, self.history_length, room)
         first, second = (past, candidates) if self._history_first else (candidates, past)
-        return self.prefix + first + self._middle + second + self._tail
+        return self.prefix + first + self._middle + second + told + self._tail
+
+    def reasoning(self, text: str) -> list[int]:
+        """Tokens of a reasoning as it goes on from the end of a prompt of `cot`, escaped."""
+        return self._items.words(text, " " if self.opening.strip() else "")
 
     def build_content_free(self, history_titles: int) -> list[int]:
         """A prompt with "N/A" for every title, without categories: what the teacher answers to it
@@ -138,6 +158,7 @@ class PromptBuilder:
         tail = closing + tail
         tail += "".join(cut(template.reasoning, words)) if mode == "cot" else answer_text
         self._middle, self._tail = self._segments.encode_all([middle, tail])
+        self._hint = self._segments.encode(_HINT)
         self._num_fixed = len(self.prefix) + len(self._middle) + len(self._tail)
         return tail
 
@@ -162,11 +183,18 @@ def make_prompts(
     categories: Sequence[str],
     max_context_tokens: int,
 ) -> PromptBuilder:
-    """The prompts that a run's settings ask for.
+    """The prompts that a run's settings ask for; `ItemPrompts` in the modes without labels.
 
     Raises:
         ConfigError, TeacherError: As `load_template` and `PromptBuilder`.
     """
+    if settings.mode == "bigrec" or settings.mode == "pointwise":
+        # Here, because they are prompts too.
+        from cotrain.teacher.item_prompts import make_item_prompts
+
+        return make_item_prompts(
+            settings, settings.mode, tokenizer, titles, categories, max_context_tokens
+        )
     return PromptBuilder(
         tokenizer,
         titles,

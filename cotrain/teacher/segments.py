@@ -171,7 +171,7 @@ class ItemTokens:
         # Runs of spaces or line ends that are tokens of their own cannot occur in escaped text.
         # The base class does not declare this method that every tokenizer has.
         added: dict[str, int] = tokenizer.get_added_vocab()  # pyright: ignore
-        controls = [
+        self._controls = controls = [
             text
             for text in {*added, *tokenizer.all_special_tokens}
             if len(text) > 1 and not any(char.isspace() for char in text)
@@ -200,6 +200,11 @@ class ItemTokens:
             [token for token in tokens if token not in self._control_ids][: self._max_tokens]
             for tokens in self._segments.encode_all([lead + text for text in texts])
         ]
+
+    def words(self, text: str, lead: str) -> list[int]:
+        """Tokens of any text, escaped as a title is, behind a space or nothing."""
+        (tokens,) = self._segments.encode_all([lead + escape(text, self._controls)])
+        return [token for token in tokens if token not in self._control_ids]
 
     def fill(self, line: Line, item: int) -> list[int]:
         """The line of one item."""

@@ -73,6 +73,7 @@ def write(
     max_tokens: int,
     done: Callable[[list[int]], bool] = lambda _: False,
     sampling: Sampling | None = None,
+    copies: int = 1,
 ) -> tuple[list[Written], Tensor]:
     """Continue prompts token by token.
 
@@ -82,22 +83,27 @@ def write(
         max_tokens: Of each row.
         done: Whether these tokens of a row are all that is wanted; asked now and then.
         sampling: How tokens are drawn; None: the likeliest each time.
+        copies: How many answers to each prompt, which is read once for all of them.
 
     Returns:
-        B answers, and (B, H) the state that chose each row's first token.
+        B × copies answers, those to one prompt beside each other, and (B × copies, H) the state
+        that chose each one's first token.
 
     Raises:
-        TeacherError: Not one seed for each prompt; a model that cannot be continued.
+        TeacherError: Not one seed for each answer; a model that cannot be continued.
     """
     backbone = passes.backbone
     stops = torch.tensor(sorted(backbone.stop_ids), dtype=torch.int64)
-    numbers = _uniform_numbers(sampling, len(prompts), max_tokens)
+    size = len(prompts) * copies
+    numbers = _uniform_numbers(sampling, size, max_tokens)
     steps = Steps(passes, prompts, max_tokens)
+    if copies > 1:
+        steps.keep(torch.arange(len(prompts)).repeat_interleave(copies))
     first = steps.state
-    tokens: list[list[int]] = [[] for _ in prompts]
-    logprobs: list[list[float]] = [[] for _ in prompts]
-    ended = [False] * len(prompts)
-    active = torch.arange(len(prompts))
+    tokens: list[list[int]] = [[] for _ in range(size)]
+    logprobs: list[list[float]] = [[] for _ in range(size)]
+    ended = [False] * size
+    active = torch.arange(size)
     for step in range(1, max_tokens + 1):
         logits = backbone.logits(steps.state)
         chosen, logprob = _choose(logits, sampling, numbers[active, step - 1])
@@ -133,7 +139,7 @@ def _uniform_numbers(sampling: Sampling | None, rows: int, count: int) -> Tensor
         return torch.zeros(rows, 1).expand(rows, count)
     if len(sampling.seeds) != rows:
         raise TeacherError(
-            f"{rows} prompts are to be continued with {len(sampling.seeds)} seeds. Expected one "
+            f"{rows} answers are to be drawn with {len(sampling.seeds)} seeds. Expected one "
             "for each."
         )
     drawn = np.stack([np.random.default_rng(seed).random(count) for seed in sampling.seeds])
