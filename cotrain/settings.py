@@ -117,10 +117,12 @@ class TeacherConfig:
         "What nf4 weights are multiplied in. auto: bf16 on a GPU and on a CPU with bf16 matrix "
         "units (AMX), fp32 on other CPUs.",
     )
-    mode: Literal["direct", "generate", "cot"] = option(
+    mode: Literal["direct", "generate", "cot", "bigrec", "pointwise"] = option(
         "direct",
         "direct: one forward pass, verdict read at the answer prefix. generate: the order is "
-        "written out and parsed. cot: a short reasoning is written, then the verdict is read.",
+        "written out and parsed. cot: a short reasoning is written, then the verdict is read. "
+        "bigrec: the title of the next item is written, and candidates are scored by how near "
+        "theirs are. pointwise: of each candidate by itself, how likely yes is (K prompts a row).",
     )
     decision_position: Literal["predict", "emit"] = option(
         "predict",
@@ -148,13 +150,42 @@ class TeacherConfig:
     history_length: int = option(10, "Most recent titles of the history in the prompt.", ge=1)
     template: str = option(
         "default",
-        "Prompt template: default, movies, products, or the path of your own text file.",
+        "Prompt template: default, movies, products, brief (for a trained teacher), or the path of "
+        "your own text file.",
     )
     item_noun: str = option("item", "What the items are called in the prompt, e.g. movie.")
     max_title_tokens: int = option(
         32, "An item's title and categories are cut to this many tokens each.", ge=1
     )
     reasoning_tokens: int = option(64, "cot: tokens of reasoning at most.", ge=1)
+    search: Literal["none", "self_consistency", "tree"] = option(
+        "none",
+        "cot: how reasonings are looked for. none: the likeliest one. self_consistency: "
+        "teacher.samples are drawn and their verdicts averaged. tree: after each step "
+        "teacher.branches are drawn, and the teacher.samples that teacher.process_reward scores "
+        "best go on.",
+    )
+    samples: int = option(
+        4, "search: reasonings drawn for a row; tree: those kept after each step.", ge=1
+    )
+    branches: int = option(2, "tree: continuations drawn of each that is kept.", ge=1)
+    search_steps: int = option(3, "tree: steps at most; a step is a sentence.", ge=1)
+    search_temperature: float = option(0.8, "search: tokens are drawn at this temperature.", gt=0)
+    process_reward: str | None = option(
+        None, "tree: folder of a process reward model, as scripts/train_teacher.py writes it."
+    )
+    title_tokens: int = option(24, "bigrec: tokens of a written title at most.", ge=1)
+    grounding_encoder: str = option(
+        "all-minilm-l6-v2",
+        "bigrec: embeds written and real titles: a sentence encoder (a known asset, a local folder "
+        "or a hub name), or `teacher`, the mean of its last layer.",
+    )
+    grounding_weight: Literal["none", "popularity", "student"] = option(
+        "none",
+        "bigrec: what a candidate's nearness is weighted by: how often it was taken in training, "
+        "or the student's score.",
+    )
+    grounding_power: float = option(1.0, "bigrec: exponent of that weight.", ge=0)
     shuffles: int = option(
         1, "Orders in which each row's candidates are shown; the verdicts are averaged.", ge=1
     )
@@ -170,7 +201,7 @@ class TeacherConfig:
     batch_tokens: int | None = option(
         None,
         "Prompt tokens, padding included, in one forward pass; halved when memory runs out. none: "
-        "8192, but 2048 for direct on a CPU, where more only leaves the cache.",
+        "8192, but 2048 for direct and pointwise on a CPU, where more only leaves the cache.",
         ge=1,
     )
     compile: Literal["auto", "on", "off"] = option(

@@ -13,7 +13,11 @@ BELOW = {
     "cotrain.errors": set(),
     "cotrain.files": set(),
     "cotrain.settings": set(),
-    "cotrain.config": {"cotrain.errors", "cotrain.settings"},
+    "cotrain.finetune_settings": {"cotrain.settings"},
+    "cotrain.contradictions": {"cotrain.settings", "cotrain.finetune_settings"},
+    "cotrain.config": {
+        "cotrain.errors", "cotrain.settings", "cotrain.finetune_settings", "cotrain.contradictions",
+    },
     "cotrain.asset_builders": {"cotrain.errors"},
     "cotrain.assets": {"cotrain.errors", "cotrain.files", "cotrain.asset_builders"},
     "cotrain.runtime": {"cotrain.errors", "cotrain.files", "cotrain.config"},
@@ -31,6 +35,11 @@ BELOW = {
         "cotrain.errors", "cotrain.config", "cotrain.files", "cotrain.assets", "cotrain.data",
         "cotrain.runtime", "cotrain.student", "cotrain.teacher",
     },
+    "cotrain.finetune": {
+        "cotrain.errors", "cotrain.finetune_settings", "cotrain.config", "cotrain.files",
+        "cotrain.data", "cotrain.runtime", "cotrain.student", "cotrain.teacher",
+        "cotrain.evaluation", "cotrain.rationale",
+    },
     "cotrain.distill": {
         "cotrain.errors", "cotrain.config", "cotrain.data", "cotrain.runtime", "cotrain.student",
         "cotrain.teacher", "cotrain.evaluation", "cotrain.rationale",
@@ -47,6 +56,8 @@ BELOW = {
 PURE = [
     "distill/losses.py",
     "evaluation/metrics.py",
+    "finetune/losses.py",
+    "finetune/rewards.py",
     "teacher/parsing.py",
     "teacher/chat.py",
     "teacher/identifiers.py",
