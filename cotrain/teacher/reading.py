@@ -5,6 +5,7 @@ import hashlib
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from cotrain.teacher.memory import TokenBudget
 from cotrain.teacher.parsing import parse_ranking
 from cotrain.teacher.passes import Passes, Steps
 from cotrain.teacher.prompts import PromptBuilder
+from cotrain.teacher.search import Thinker, merged, tokens_until
 from cotrain.teacher.verdict import ranks_of_order
 from cotrain.teacher.writing import write
 
@@ -34,6 +36,7 @@ class Look:
         failure: Why there is no verdict; the rest then means nothing.
         partial: Why an order stops before its end.
         reasoning: What `cot` wrote first.
+        title: What `bigrec` wrote.
         prompt_tokens, generated_tokens: What it cost.
     """
 
@@ -43,6 +46,7 @@ class Look:
     failure: str | None = None
     partial: str | None = None
     reasoning: str = ""
+    title: str = ""
     prompt_tokens: int = 0
     generated_tokens: int = 0
 
@@ -73,6 +77,19 @@ class Reader:
         self.memo_hits = 0
         self._memo: OrderedDict[bytes, Look] = OrderedDict()
 
+    @cached_property
+    def thinker(self) -> Thinker:
+        """Writes reasonings; of the mode `cot`."""
+        # Where the model goes on to the ranking by itself, its reasoning ends before it.
+        answer = str(self.prompts.tokenizer.decode(self.prompts.answer))
+        ranking = answer.strip().rstrip("[").strip()
+        return Thinker(self.passes, self.settings, ranking, self._text_of)
+
+    def use(self, settings: TeacherConfig) -> None:
+        """Other settings of the search; what was remembered under the old ones is forgotten."""
+        self.settings = self.thinker.settings = settings
+        self._memo.clear()
+
     def read(self, asks: Sequence[Ask], progress: str | None = None) -> list[Look]:
         """One look for each ask, in their order."""
         prompts = [self.prompts.build(history, shown) for history, shown in asks]
@@ -88,14 +105,14 @@ class Reader:
                 self._memo.move_to_end(key)
                 self.memo_hits += 1
         waiting = [row for row, look in enumerate(looks) if look.state is None]
-        work = {"direct": self._direct, "generate": self._generate, "cot": self._cot}
+        work = self._modes()[self.settings.mode]
         bar = tqdm(
             total=len(waiting), desc=progress, unit="rows", leave=False, disable=progress is None
         )
 
         def on_rows(group: list[int]) -> None:
             rows = [waiting[place] for place in group]
-            work[self.settings.mode]([prompts[row] for row in rows], [looks[row] for row in rows])
+            work([prompts[row] for row in rows], [looks[row] for row in rows])
 
         with bar:
             lengths = [len(prompts[row]) for row in waiting]
@@ -112,6 +129,9 @@ class Reader:
         return looks
 
     # ---- modes: each fills in its looks ---------------------------------------------------------
+
+    def _modes(self) -> dict[str, Callable[[Sequence[list[int]], Sequence[Look]], None]]:
+        return {"direct": self._direct, "generate": self._generate, "cot": self._cot}
 
     def _direct(self, prompts: Sequence[list[int]], looks: Sequence[Look]) -> None:
         identifiers, backbone = self.prompts.identifiers, self.passes.backbone
@@ -192,9 +212,9 @@ class Reader:
             look.ranks = ranks_of_order(parsed.order, len(texts))
             start, end = parsed.first_identifier
             if self.settings.decision_position == "predict":
-                count = _tokens_until(answer.tokens, text_of, start + 1) - 1
+                count = tokens_until(answer.tokens, text_of, start + 1) - 1
             else:
-                count = _tokens_until(answer.tokens, text_of, end)
+                count = tokens_until(answer.tokens, text_of, end)
             if count:
                 again.append((row, prompts[row] + answer.tokens[:count]))
         if again:
@@ -204,30 +224,33 @@ class Reader:
                 looks[row].state = state
 
     def _cot(self, prompts: Sequence[list[int]], looks: Sequence[Look]) -> None:
-        tokenizer = self.prompts.tokenizer
-        # Where the model goes on to the ranking by itself, its reasoning ends before it.
-        ranking = str(tokenizer.decode(self.prompts.answer)).strip().rstrip("[").strip()
+        found = self.thinker.think(prompts)
+        thoughts = [thinking.thoughts for thinking in found]
+        states = self.thinker.states_after(prompts, thoughts, self.prompts.answer)
+        identifiers, place = self.prompts.identifiers, 0
+        several = any(len(row) > 1 for row in thoughts)
+        if not identifiers.are_single_tokens or self.settings.decision_position == "emit":
+            # Single thoughts, checked with the settings: read as any prompt is.
+            follow = zip(prompts, thoughts, strict=True)
+            self._direct([p + row[0].tokens + self.prompts.answer for p, row in follow], looks)
+        else:
+            first = torch.tensor(identifiers.first_tokens, device=states.device)
+            logits = self.passes.backbone.token_logits(states, first)
+            for row, look in zip(thoughts, looks, strict=True):
+                own = slice(place, place + len(row))
+                weights = [thought.score for thought in row]
+                look.logits = merged(logits[own], weights) if several else logits[place]
+                look.state = states[own].float().mean(0) if several else states[place]
+                place += len(row)
+        for prompt, thinking, look in zip(prompts, found, looks, strict=True):
+            look.generated_tokens = thinking.generated
+            # The verdict is read with the prompt once more.
+            look.prompt_tokens = thinking.read + (len(prompt) if several else 0)
+            best = max(thinking.thoughts, key=lambda thought: thought.score)
+            look.reasoning = self._text_of(best.tokens).strip()
 
-        def text_of(tokens: list[int]) -> str:
-            return str(tokenizer.decode(tokens, skip_special_tokens=True))
-
-        written, _ = write(
-            self.passes,
-            prompts,
-            self.settings.reasoning_tokens,
-            lambda tokens: bool(ranking) and ranking in text_of(tokens),
-        )
-        followed = []
-        for prompt, answer, look in zip(prompts, written, looks, strict=True):
-            tokens = answer.tokens
-            text = text_of(tokens)
-            if ranking and ranking in text:
-                before = text.partition(ranking)[0].rstrip()
-                tokens = tokens[: _tokens_until(tokens, text_of, len(before))]
-            look.generated_tokens = len(answer.tokens)
-            look.reasoning = text_of(tokens).strip()
-            followed.append(prompt + tokens + self.prompts.answer)
-        self._direct(followed, looks)
+    def _text_of(self, tokens: list[int]) -> str:
+        return str(self.prompts.tokenizer.decode(tokens, skip_special_tokens=True))
 
     def _key(self, prompt: list[int]) -> bytes:
         digest = hashlib.blake2b(digest_size=16)
@@ -261,11 +284,3 @@ def _to_cpu(looks: Sequence[Look]) -> None:
             values = torch.stack([getattr(look, name) for look in having]).float().cpu()
             for look, row in zip(having, values, strict=True):
                 setattr(look, name, row)
-
-
-def _tokens_until(tokens: list[int], text_of: Callable[[list[int]], str], length: int) -> int:
-    """How many tokens it takes until the text has this many characters."""
-    return next(
-        (count for count in range(len(tokens)) if len(text_of(tokens[:count])) >= length),
-        len(tokens),
-    )

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cotrain.benchmarks.parity import gap, generated
 from cotrain.data.interactions import InteractionData
-from cotrain.teacher import reading
+from cotrain.teacher import reading, search
 from cotrain.teacher.backbone import Backbone
 from cotrain.teacher.parsing import parse_ranking
 from cotrain.teacher.passes import Passes
@@ -290,7 +290,7 @@ def test_reasoning_ends_where_the_teacher_goes_on_to_rank(
     prompts, tokenizer = ranker.prompts, ranker.prompts.tokenizer
     said = [" likes trains.\n\nRanking: [B] > [A]", " likes trains.", "", "Ranking: [B]"]
     asks = asks_of(ml100k, 4, 3)
-    monkeypatch.setattr(reading, "write", writing(ranker, asks, said))
+    monkeypatch.setattr(search, "write", writing(ranker, asks, said))
     looks = ranker.reader.read(asks)
     assert [look.reasoning for look in looks] == ["likes trains."] * 2 + ["", ""]
     kept = tokenizer.encode(" likes trains.", add_special_tokens=False)
