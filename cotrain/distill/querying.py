@@ -1,6 +1,7 @@
 """Which rows ask the teacher, and how much each verdict counts."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -45,6 +46,7 @@ class Teacher:
         num_candidates: K.
         seed: Of the order in which candidates are shown.
         probed_rows_per_s: Its rate on a few rows before the run.
+        passes_scores: Whether the ranker gets the student's scores.
     """
 
     ranker: RankLLM
@@ -52,6 +54,7 @@ class Teacher:
     num_candidates: int
     seed: int
     probed_rows_per_s: float
+    passes_scores: bool = False
 
     def calibrate(
         self, rows: SequenceBatch, candidates: Candidates, progress: str | None = None
@@ -64,6 +67,7 @@ class Teacher:
             candidates.item_ids[complete].tolist(),
             [(self.seed, 4, int(row)) for row in complete],
             progress,
+            **self._scores(candidates, complete),
         )
 
     def ask(
@@ -80,10 +84,14 @@ class Teacher:
             histories,
             candidates.item_ids[rows].tolist(),
             [(self.seed, epoch, int(batch.user_index[row])) for row in rows],
+            **self._scores(candidates, rows),
         )
         if too_few := int((chosen & ~candidates.complete).sum()):
             verdict.failures["too_few_candidates"] += too_few
         return verdict.spread(rows, len(chosen)), chosen
+
+    def _scores(self, candidates: Candidates, rows: Tensor) -> dict[str, Any]:
+        return {"scores": candidates.scores[rows].tolist()} if self.passes_scores else {}
 
 
 def verdict_weight(verdict: TeacherVerdict, confidence: str) -> Tensor:

@@ -30,6 +30,7 @@ from cotrain.runtime.seeding import seed_everything
 from cotrain.student.losses import make_loss
 from cotrain.teacher.backbone import load_backbone
 from cotrain.teacher.compiled import compile_layers, compiling_pays, uncompile_layers
+from cotrain.teacher.item_prompts import ItemPrompts
 from cotrain.teacher.prompts import make_prompts
 from cotrain.teacher.ranker import RankLLM
 from cotrain.teacher.tokenizer import load_tokenizer
@@ -236,7 +237,8 @@ _REMEDIES = {
     "out_of_memory": "Take a smaller model or quantization, or fewer candidates or titles.",
 } | dict.fromkeys(
     ("empty", "no_identifier", "unknown_identifier"),
-    "It does not write rankings: try --teacher.mode direct, or a model tuned on instructions.",
+    "It does not write what it is asked for: try --teacher.mode direct, or a model tuned on "
+    "instructions.",
 )
 
 
@@ -255,22 +257,33 @@ def make_teacher(config: Config, data: InteractionData, device: torch.device, sa
     prompts = make_prompts(
         settings, tokenizer, data.catalog.titles, data.catalog.categories, max_context_tokens
     )
+    if isinstance(prompts, ItemPrompts) and prompts.template.name != settings.template:
+        say(
+            f"Teacher: {settings.template} has words for rankings only; mode {settings.mode} takes "
+            f"those of template {prompts.template.name}"
+        )
     backbone = load_backbone(
         settings.model, settings.quantization, device, settings.compute, settings.adapter
     )
     ranker = RankLLM(
         backbone, prompts, settings,
-        config.distill.teacher_temperature, config.distill.order_temperature,
+        config.distill.teacher_temperature, config.distill.order_temperature, data.train_counts,
     )  # fmt: skip
     users = data.trained_users[:8].tolist()
     histories = [data.train_history(user).tolist() for user in users]
     any_items = [list(range(1, settings.num_candidates + 1))] * len(users)
     seeds = [(config.seed, user) for user in users]
+    ranker.prepare()
+    # There is no student yet to weight them.
+    scores = [[0.0] * settings.num_candidates] * len(users) if ranker.wants_scores else None
     if settings.compile == "on" or (settings.compile == "auto" and compiling_pays(backbone)):
         # One row is a program of its own.
-        asks = [(histories[:count], any_items[:count], seeds[:count]) for count in (2, 1)]
+        asks = [
+            (histories[:count], any_items[:count], seeds[:count], None, scores and scores[:count])
+            for count in (2, 1)
+        ]
         compile_teacher(ranker, asks, settings.compile == "on", say)
-    probe = ranker.rank(histories, any_items, seeds)
+    probe = ranker.rank(histories, any_items, seeds, scores=scores)
     if not probe.valid.any():
         raise TeacherError(
             f"The teacher {settings.model!r}, quantization {settings.quantization}, mode "
@@ -284,12 +297,12 @@ def make_teacher(config: Config, data: InteractionData, device: torch.device, sa
         "a row"
     )
     query = RandomQuery(data.trained_users, config.query.fraction, config.seed)
-    return Teacher(ranker, query, settings.num_candidates, config.seed, rate)
+    return Teacher(
+        ranker, query, settings.num_candidates, config.seed, rate, ranker.wants_scores
+    )  # fmt: skip
 
 
-def compile_teacher(
-    ranker: RankLLM, asks: Sequence[tuple[Any, Any, Any]], must: bool, say: Any
-) -> None:
+def compile_teacher(ranker: RankLLM, asks: Sequence[tuple[Any, ...]], must: bool, say: Any) -> None:
     """Compile the teacher's layers by ranking a few rows.
 
     Args:

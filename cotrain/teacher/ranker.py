@@ -8,17 +8,22 @@ import dataclasses
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from cotrain.config import TeacherConfig
 from cotrain.teacher.backbone import Backbone
+from cotrain.teacher.bigrec import TitleReader
+from cotrain.teacher.grounding import mean_states
+from cotrain.teacher.item_prompts import ItemPrompts
 from cotrain.teacher.memory import TokenBudget
 from cotrain.teacher.passes import Passes
+from cotrain.teacher.pointwise import QuestionReader
+from cotrain.teacher.process_reward import ProcessReward
 from cotrain.teacher.prompts import PromptBuilder
 from cotrain.teacher.reading import Look, Reader
 from cotrain.teacher.verdict import (
@@ -31,10 +36,12 @@ from cotrain.teacher.verdict import (
 )
 
 Rows = Sequence[Sequence[int]]
+Scores = Sequence[Sequence[float]]
+_Any = TypeVar("_Any")
 
 
 class RankLLM:
-    """Listwise ranking by a language model.
+    """Ranking by a language model: listwise, or in `bigrec` and `pointwise` without labels.
 
     Args:
         backbone: The frozen language model.
@@ -42,6 +49,8 @@ class RankLLM:
         settings: Mode, K, windows, shuffles, calibration, budget.
         temperature: τ_t of Q where there are logits.
         order_temperature: τ_r of Q where there is only an order.
+        train_counts: (V,) how often each item was taken in training; needed where `bigrec` weights
+            by popularity.
 
     Source: in `direct` mode the single-token decoding of FIRST (Reddy et al., 2024), with the
     hidden state behind the logits kept; sliding windows as in RankGPT (Sun et al., 2023), from a
@@ -55,6 +64,7 @@ class RankLLM:
         settings: TeacherConfig,
         temperature: float = 1.0,
         order_temperature: float = 3.0,
+        train_counts: np.ndarray | None = None,
     ):
         self.backbone = backbone
         self.prompts = prompts
@@ -64,10 +74,45 @@ class RankLLM:
         # More than 2048 at once only leaves a CPU's cache, but writing reads all weights for every
         # token and wants many rows.
         on_cpu = backbone.device.type == "cpu"
-        own = 2048 if on_cpu and settings.mode == "direct" else 8192
+        own = 2048 if on_cpu and settings.mode in ("direct", "pointwise") else 8192
         self.budget = TokenBudget(settings.batch_tokens or own)
         self.passes = Passes(backbone, prompts.prefix)
-        self.reader = Reader(self.passes, prompts, settings, self.budget)
+        if not isinstance(prompts, ItemPrompts):
+            self.reader = Reader(self.passes, prompts, settings, self.budget)
+        elif prompts.mode == "bigrec":
+            self.reader = TitleReader(self.passes, prompts, settings, self.budget, train_counts)
+        else:
+            self.reader = QuestionReader(self.passes, prompts, settings, self.budget)
+        if settings.search == "tree":
+            self.use_search(settings)
+
+    def use_search(self, settings: TeacherConfig) -> None:
+        """From now on look for reasonings as these settings say, which are otherwise its own.
+
+        Raises:
+            TeacherError: The process reward model of a tree cannot be read, or is another
+                teacher's.
+        """
+        self.settings = settings
+        self.reader.use(settings)
+        if settings.search == "tree":
+            folder = Path(str(settings.process_reward)).expanduser()
+            self.reader.thinker.score = ProcessReward.load(folder, self.passes, self.budget).score
+
+    def prepare(self) -> None:
+        """Do now what is done once, and would else fall to the first rows: in `bigrec` the titles
+        of the catalogue are embedded.
+
+        Raises:
+            AssetError, DataError: The sentence encoder cannot be had.
+        """
+        if isinstance(self.reader, TitleReader):
+            self.reader.grounding.vectors()
+
+    @property
+    def wants_scores(self) -> bool:
+        """Whether `rank` needs the student's scores."""
+        return self.settings.mode == "bigrec" and self.settings.grounding_weight == "student"
 
     @property
     def identifier_bias(self) -> Tensor:
@@ -84,13 +129,15 @@ class RankLLM:
         return self.budget.backoffs
 
     def calibrate(
-        self, histories: Rows, candidates: Rows, seeds: Rows, progress: str | None = None
-    ) -> TeacherVerdict:
+        self, histories: Rows, candidates: Rows, seeds: Rows, progress: str | None = None,
+        scores: Scores | None = None,
+    ) -> TeacherVerdict:  # fmt: skip
         """Measure, and remove from now on, what an identifier gets whatever stands behind it.
 
         `batch`: candidates are shown in random order, so over rows every identifier stands for the
         same mix of items, and what its mean logit has above the others' is bias. `content_free`:
-        the same of prompts with "N/A" for every title, with every length of history.
+        the same of prompts with "N/A" for every title, with every length of history. In the modes
+        without labels a place has no bias, and none is removed.
 
         Arguments as for `rank`.
 
@@ -101,7 +148,9 @@ class RankLLM:
         ICML 2021, which left most of the bias of SmolLM2-135M in place.
         """
         self.identifier_bias = torch.zeros_like(self.identifier_bias)
-        verdict, looks = self._rank(histories, candidates, seeds, progress)
+        verdict, looks = self._rank(histories, candidates, seeds, progress, scores)
+        if isinstance(self.prompts, ItemPrompts):
+            return verdict
         if self.settings.calibration == "content_free":
             lengths = range(1, self.prompts.history_length + 1)
             looks = self.reader.read_prompts([self.prompts.build_content_free(n) for n in lengths])
@@ -113,8 +162,9 @@ class RankLLM:
         return verdict
 
     def rank(
-        self, histories: Rows, candidates: Rows, seeds: Rows, progress: str | None = None
-    ) -> TeacherVerdict:
+        self, histories: Rows, candidates: Rows, seeds: Rows, progress: str | None = None,
+        scores: Scores | None = None,
+    ) -> TeacherVerdict:  # fmt: skip
         """Rank each row's candidates.
 
         Args:
@@ -123,38 +173,31 @@ class RankLLM:
             seeds: B seeds of the orders in which candidates are shown, so that a row's prompt does
                 not depend on the batch that it is in.
             progress: What a bar over the rows says; none: no bar.
+            scores: The student's, B lists of K; read where `wants_scores`, else ignored.
 
         Returns:
             The verdict, on the CPU.
-        """
-        return self._rank(histories, candidates, seeds, progress)[0]
 
-    @torch.no_grad()
+        Raises:
+            TeacherError: `scores` are needed and missing.
+        """
+        return self._rank(histories, candidates, seeds, progress, scores)[0]
+
     def embed_items(self, shown: bool = False) -> Tensor:
         """(V-1, H) float32 embedding of every item: the mean last state over title and categories.
 
         Args:
             shown: Show a bar.
         """
-        texts = self.prompts.item_tokens()
-        vectors = torch.empty(len(texts), self.backbone.hidden_size)
-        bar = tqdm(
-            total=len(texts), desc="reading titles", unit="items", leave=False, disable=not shown
-        )
-
-        def embed(rows: list[int]) -> None:
-            vectors[rows] = self.passes.mean_states([texts[row] for row in rows]).cpu()
-
-        with bar:
-            for rows, done in self.budget.groups([len(text) for text in texts], embed):
-                if not done:
-                    raise MemoryError("There is no memory to read one title with the teacher.")
-                bar.update(len(rows))
-        return vectors
+        return mean_states(
+            self.passes, self.budget, self.prompts.item_tokens(),
+            "reading titles" if shown else None,
+        )  # fmt: skip
 
     def _rank(
-        self, histories: Rows, candidates: Rows, seeds: Rows, progress: str | None
-    ) -> tuple[TeacherVerdict, list[Look]]:
+        self, histories: Rows, candidates: Rows, seeds: Rows, progress: str | None,
+        scores: Scores | None,
+    ) -> tuple[TeacherVerdict, list[Look]]:  # fmt: skip
         """The verdict, and every look that it is made of."""
         started = time.perf_counter()
         size, shuffles = self.settings.num_candidates, self.settings.shuffles
@@ -168,13 +211,15 @@ class RankLLM:
             np.array([draw.permutation(size) for draw in draws], np.int64).reshape(-1, size)
         )
         histories, candidates = [*histories] * shuffles, [*candidates] * shuffles
+        # Candidates that no student retrieved come with empty scores.
+        if scores is not None and any(len(row) != size for row in scores):
+            scores = None
 
         def read(places: Tensor) -> list[Look]:
-            lists = [
-                [row[place] for place in line]
-                for row, line in zip(candidates, places.tolist(), strict=True)
-            ]
-            return self.reader.read(list(zip(histories, lists, strict=True)), progress)
+            asks = list(zip(histories, _shown(candidates, places), strict=True))
+            if isinstance(self.reader, TitleReader) and scores is not None:
+                return self.reader.read(asks, progress, _shown([*scores] * shuffles, places))
+            return self.reader.read(asks, progress)
 
         if self.prompts.num_shown >= size:
             looks = read(shown)
@@ -312,6 +357,12 @@ class RankLLM:
 def window_starts(size: int, window: int, stride: int) -> list[int]:
     """Where windows begin that slide over a list from its back; the last begins at the front."""
     return [*range(size - window, 0, -stride), 0]
+
+
+def _shown(rows: Sequence[Sequence[_Any]], places: Tensor) -> list[list[_Any]]:
+    """What stands at (n, W) places of n rows."""
+    lines = zip(rows, places.tolist(), strict=True)
+    return [[row[place] for place in line] for row, line in lines]
 
 
 def _stacked(rows: Sequence[Tensor | None], width: int) -> Tensor:

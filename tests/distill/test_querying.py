@@ -1,10 +1,14 @@
 """Who asks, and what a verdict counts."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 
-from cotrain.distill.querying import RandomQuery, verdict_weight
+from cotrain.data.batches import SequenceBatch
+from cotrain.distill.querying import RandomQuery, Teacher, verdict_weight
+from cotrain.student.retrieval import Candidates
 from cotrain.teacher.verdict import TeacherVerdict
 
 
@@ -50,3 +54,38 @@ def test_weights_follow_confidence_only_where_the_verdict_is_valid():
     assert verdict_weight(verdict, "entropy").tolist() == [0.25, 0.0, 1.0]
     assert verdict_weight(verdict, "agreement").tolist() == [0.5, 0.0, 0.0]
     assert verdict_weight(verdict, "none").tolist() == [1.0, 0.0, 1.0]
+
+
+@pytest.mark.parametrize("passes_scores", [False, True])
+def test_scores_go_with_the_rows_that_ask_where_they_are_wanted(passes_scores: bool):
+    asked: list[Any] = []
+
+    class Ranker:
+        def rank(self, *rows: Any, **more: Any) -> TeacherVerdict:
+            asked.append((rows, more))
+            nothing = torch.zeros(len(rows[0]), 2)
+            flags = torch.ones(len(rows[0]), dtype=torch.bool)
+            size = torch.zeros(len(rows[0]))
+            return TeacherVerdict(None, nothing, nothing, nothing, flags, size, size, nothing)
+
+        def calibrate(self, *rows: Any, **more: Any) -> TeacherVerdict:
+            return self.rank(*rows, **more)
+
+    ranker: Any = Ranker()
+    query = RandomQuery(np.arange(4), 1.0, seed=0)
+    teacher = Teacher(ranker, query, 2, 0, 1.0, passes_scores)
+    history = torch.tensor([[0, 9], [8, 7], [0, 6], [5, 4]])
+    batch: Any = SequenceBatch.__new__(SequenceBatch)
+    object.__setattr__(batch, "history", history)
+    object.__setattr__(batch, "user_index", torch.arange(4))
+    candidates = Candidates(
+        torch.tensor([[1, 2], [3, 4], [5, 0], [1, 3]]),
+        torch.tensor([[0.5, 0.25], [4.0, 2.0], [1.0, -torch.inf], [8.0, 7.0]]),
+        torch.zeros(4, dtype=torch.int64),
+    )
+    teacher.calibrate(batch, candidates)
+    teacher.ask(batch, candidates, 3)
+    expected = {"scores": [[0.5, 0.25], [4.0, 2.0], [8.0, 7.0]]} if passes_scores else {}
+    for rows, more in asked:
+        assert rows[1] == [[1, 2], [3, 4], [1, 3]]
+        assert more == expected
