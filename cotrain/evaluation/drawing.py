@@ -75,8 +75,10 @@ def line_chart(
     start: float | None = None,
     flat: tuple[float, str] | None = None,
     from_zero: bool = True,
+    across: str = "epoch",
 ) -> Chart | None:
-    """Curves over epochs, keyed by palette colour; None when no curve has a point."""
+    """Curves over epochs, or what else `across` says, keyed by palette colour; None when no curve
+    has a point."""
     dropped = sum(series.dropped for series in lines.values())
     lines = {name: series for name, series in lines.items() if series.x.size}
     if not lines:
@@ -91,7 +93,7 @@ def line_chart(
         _draw_start(axes, start)
     if len(lines) > 1 or flat:
         _legend(axes)
-    axes.set_xlabel("epoch")
+    axes.set_xlabel(across)
     if any(series.x.size > _SMOOTH_ABOVE for series in lines.values()):
         caption += " Thin: logged steps; thick: their moving average."
     if dropped:

@@ -1,0 +1,1 @@
+"""Training the teacher: ranking, reasoning, reinforcement, and how good it is."""

@@ -1,0 +1,140 @@
+"""Ranking SFT: a loss on the identifier logits at the decision position, so that the one pass that
+`direct` mode makes is the pass that is trained.
+
+Source: the single-token objective of FIRST (Reddy et al., 2024), on rows of recommendation; the
+labels are items that were taken, not a larger model's order.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cotrain.errors import ConfigError
+from cotrain.finetune.binding import BindingObjective
+from cotrain.finetune.examples import Example
+from cotrain.finetune.forward import identifier_logits
+from cotrain.finetune.losses import RANKING_LOSSES
+from cotrain.finetune.quality import measure
+from cotrain.finetune.run import Context, Outcome, Sample, title_lines
+from cotrain.finetune.tuning import tune
+from cotrain.teacher.ranker import RankLLM
+
+
+@dataclass(frozen=True)
+class RankingRow:
+    """A prompt and what its identifiers are worth.
+
+    Attributes:
+        tokens: Up to the answer prefix.
+        relevance: (K,) of the candidates as shown.
+    """
+
+    tokens: list[int]
+    relevance: Tensor
+
+
+class RankObjective:
+    """Rank-SFT of one ranker's prompts.
+
+    Args:
+        ranker: Whose prompts are trained, and who is validated.
+        train: Rows to learn from.
+        validation: Rows of held-out users.
+        loss: ce, ranknet or listmle.
+        seed: Of the orders in which candidates are shown, others in each epoch.
+
+    Raises:
+        ConfigError: Identifiers of several tokens, or candidates by windows.
+    """
+
+    def __init__(
+        self, ranker: RankLLM, train: Sequence[Example], validation: Sequence[Example], loss: str,
+        seed: int,
+    ):  # fmt: skip
+        check_one_step(ranker)
+        self.ranker, self.train, self.validation = ranker, train, validation
+        self.loss, self.seed = RANKING_LOSSES[loss], seed
+
+    def __len__(self) -> int:
+        return len(self.train)
+
+    def encode(self, row: int, epoch: int) -> RankingRow:
+        """The prompt with its candidates in the order of this epoch."""
+        example = self.train[row]
+        order = np.random.default_rng((self.seed, 22, epoch, row)).permutation(
+            len(example.candidates)
+        )
+        shown = [example.candidates[place] for place in order]
+        tokens = self.ranker.prompts.build(example.history, shown)
+        return RankingRow(tokens, torch.tensor(example.relevance)[torch.from_numpy(order)])
+
+    def loss_sum(self, encoded: Sequence[RankingRow]) -> Tensor:
+        """Of the identifiers alone: what else the model might say there is left as it is."""
+        backbone, identifiers = self.ranker.backbone, self.ranker.prompts.identifiers
+        logits = identifier_logits(
+            backbone, [row.tokens for row in encoded], identifiers.first_tokens
+        )
+        relevance = torch.stack([row.relevance for row in encoded]).to(logits.device)
+        return self.loss(logits, relevance)
+
+    def validate(self, progress: str | None) -> dict[str, float]:
+        """On the held-out rows, letter bias taken out as a run does."""
+        return measure(self.ranker, self.validation, self.seed, progress).summary()
+
+
+def check_one_step(ranker: RankLLM) -> None:
+    """Whether one token decides between all candidates of a row.
+
+    Raises:
+        ConfigError: It does not.
+    """
+    prompts, size = ranker.prompts, ranker.settings.num_candidates
+    if not prompts.identifiers.are_single_tokens or prompts.num_shown < size:
+        raise ConfigError(
+            f"The teacher is trained on one step that decides between all {size} candidates, but "
+            f"teacher.identifiers {ranker.settings.identifiers} take several, or teacher.window "
+            f"{ranker.settings.window} shows fewer. Set teacher.identifiers letters and "
+            "teacher.window none, with at most 26 teacher.num_candidates."
+        )
+
+
+def rank_sft(context: Context) -> Outcome:
+    """The method: fit the one pass, and show what it does to ten held-out rows."""
+    config, examples = context.config, context.examples
+    objective = RankObjective(
+        context.ranker, examples.train, examples.validation, config.sft.loss, config.seed
+    )
+    lengths = [len(objective.encode(row, 0).tokens) for row in range(min(64, len(objective)))]
+    if config.sft.binding_rows:
+        context.say(f"Warm-up: {config.sft.binding_rows:,} rows that teach what a label is")
+        warm_up = BindingObjective(
+            context.ranker, examples.train, config.sft.binding_rows, context.data.num_items,
+            config.seed,
+        )  # fmt: skip
+        once = replace(config.sft, epochs=1, max_steps=None, patience=1000)
+        tune(context.adapter, warm_up, once, context.folder / "binding", config.seed,
+             context.accelerator)  # fmt: skip
+    context.say(f"Prompts: {np.mean(lengths):.0f} tokens on average, {max(lengths)} at most")
+    progress = tune(
+        context.adapter, objective, config.sft, context.folder, config.seed, context.accelerator,
+        context.log,
+    )  # fmt: skip
+    return Outcome(progress, {"loss": config.sft.loss}, samples=ranked_samples(context))
+
+
+def ranked_samples(context: Context, count: int = 10) -> list[Sample]:
+    """What the teacher says of the first held-out rows."""
+    rows = context.examples.validation[:count]
+    found = measure(context.ranker, rows, context.config.seed)
+    samples = []
+    for place, (row, rank) in enumerate(zip(rows, found.ranks.tolist(), strict=True)):
+        lines = title_lines(context, row, found.probs[place].argsort(descending=True).tolist())
+        chance = float(found.probs[place, found.places[place]])
+        lines.append(f"Rank of what was taken: {rank}, probability {chance:.3f}")
+        if found.verdict.reasonings:
+            lines.insert(2, f"Reasoning: {found.verdict.reasonings[place]}")
+        samples.append(Sample(f"Held-out row {place + 1}", lines))
+    return samples
