@@ -72,11 +72,18 @@ class SftConfig:
         "rank-sft: on the identifier logits at the decision position. ce: softmax cross-entropy; "
         "ranknet: pairs; listmle: likelihood of the order.",
     )
-    binding_rows: int = option(
+    recognition_rows: int = option(
         0,
-        "rank-sft: rows of a warm-up before the first, whose answer is the label of the one "
-        "candidate that stands in the history: it teaches a small model what a label is. 480 does "
-        "for SmolLM2-135M; large models need none.",
+        "rank-sft: rows of a first warm-up, whose answer is the label of the one candidate of six "
+        "that stands in the history: it teaches a small model what a label is. 480 do for "
+        "SmolLM2-135M; large models need none.",
+        ge=0,
+    )
+    warm_up_learning_rate: float = option(6e-4, "Peak in the warm-ups of rank-sft.", gt=0)
+    popularity_rows: int = option(
+        0,
+        "rank-sft: rows of a second warm-up, every other one with the most popular of six "
+        "candidates as the answer; for templates that show popularity.",
         ge=0,
     )
     epochs: int = option(2, "Passes over the rows; candidates are shuffled anew in each.", ge=1)

@@ -150,8 +150,8 @@ class TeacherConfig:
     history_length: int = option(10, "Most recent titles of the history in the prompt.", ge=1)
     template: str = option(
         "default",
-        "Prompt template: default, movies, products, brief (for a trained teacher), or the path of "
-        "your own text file.",
+        "Prompt template: default, movies, products, for a trained teacher brief or "
+        "brief-popularity, or the path of your own text file.",
     )
     item_noun: str = option("item", "What the items are called in the prompt, e.g. movie.")
     max_title_tokens: int = option(

@@ -66,8 +66,9 @@ def make_rows(job: dict[str, Any], settings: TeacherConfig) -> Rows:
     data = load_interactions(DataConfig(name=job["data"]))
     tokenizer, max_context_tokens = load_tokenizer(job["model"])
     prompts = make_prompts(
-        settings, tokenizer, data.catalog.titles, data.catalog.categories, max_context_tokens
-    )
+        settings, tokenizer, data.catalog.titles, data.catalog.categories, max_context_tokens,
+        data.popularity_levels.tolist(),
+    )  # fmt: skip
     random = np.random.default_rng(job["seed"])
     users = np.resize(random.permutation(data.trained_users), count)  # again from the first
     histories, candidates = [], []

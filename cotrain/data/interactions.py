@@ -76,6 +76,17 @@ class InteractionData:
         trained = self.items[np.arange(len(self.items)) < ends]
         return np.bincount(trained, minlength=len(self.catalog))
 
+    @cached_property
+    def popularity_levels(self) -> np.ndarray:
+        """(V,) int64 from 0 to 9: items by training interactions, each level holding a tenth of
+        them, so that most levels are of items that are taken often."""
+        order = np.argsort(self.train_counts, kind="stable")
+        counts = self.train_counts[order]
+        middle = np.cumsum(counts) - counts / 2
+        levels = np.empty(len(counts), np.int64)
+        levels[order] = np.minimum(10 * middle / max(1, counts.sum()), 9).astype(np.int64)
+        return levels
+
     def evaluated_users(self, split: Split) -> np.ndarray:
         """(n,) users with a target in this split, ascending."""
         return np.flatnonzero(self._places(split) != NOT_EVALUATED)

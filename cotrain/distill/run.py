@@ -255,8 +255,9 @@ def make_teacher(config: Config, data: InteractionData, device: torch.device, sa
     # Prompts first: what cannot be asked is found out before the weights are read.
     tokenizer, max_context_tokens = load_tokenizer(settings.model)
     prompts = make_prompts(
-        settings, tokenizer, data.catalog.titles, data.catalog.categories, max_context_tokens
-    )
+        settings, tokenizer, data.catalog.titles, data.catalog.categories, max_context_tokens,
+        data.popularity_levels.tolist(),
+    )  # fmt: skip
     if isinstance(prompts, ItemPrompts) and prompts.template.name != settings.template:
         say(
             f"Teacher: {settings.template} has words for rankings only; mode {settings.mode} takes "

@@ -39,8 +39,9 @@ def show_prompts(config: Config, count: int) -> None:
     tokenizer, max_context_tokens = load_tokenizer(settings.model)
     catalog = data.catalog
     prompts = make_prompts(
-        settings, tokenizer, catalog.titles, catalog.categories, max_context_tokens
-    )
+        settings, tokenizer, catalog.titles, catalog.categories, max_context_tokens,
+        data.popularity_levels.tolist(),
+    )  # fmt: skip
     print(
         f"Prompts of mode {settings.mode}, template {settings.template}, for {settings.model} "
         f"(context {max_context_tokens:,} tokens); data: {data.name}.\n"

@@ -1,6 +1,7 @@
 """How good a teacher is, on validation rows: beside the student's own order and beside any order,
 with intervals; how honest its probabilities are, what is left of its letter bias, what it costs."""
 
+import os
 import re
 import time
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ import torch
 
 from cotrain import config as configuration
 from cotrain.config import EvaluateConfig, TeacherConfig
+from cotrain.contradictions import contradictions
 from cotrain.data.interactions import InteractionData, load_interactions
 from cotrain.errors import ConfigError, DataError
 from cotrain.evaluation.compare import paired_bootstrap
@@ -39,7 +41,8 @@ from cotrain.teacher.tokenizer import load_tokenizer
 
 METRICS = ("accuracy@1", "ndcg@10", "mrr")
 _ROWS = "rows.parquet"
-_SEARCH = re.compile(r"greedy|sc(\d+)|tree(\d+)x(\d+)x(\d+)")
+_COUNT = r"([1-9]\d*)"
+_SEARCH = re.compile(f"greedy|sc{_COUNT}|tree{_COUNT}x{_COUNT}x{_COUNT}")
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     before = read_rows(Path(config.measure.against), rows, data) if config.measure.against else None
     searches = parse_searches(config)
     ranker = make_ranker(data, config)
-    if config.teacher.calibration != "none" and config.teacher.calibration_rows:
+    labels = config.teacher.mode not in ("bigrec", "pointwise")  # of which alone there is a bias
+    if labels and config.teacher.calibration != "none" and config.teacher.calibration_rows:
         calibrate(ranker, data, config, student)
     found = {}
     for name, settings in searches.items():
@@ -101,7 +105,7 @@ def open_output(config: EvaluateConfig) -> Path:
     """The folder of the report.
 
     Raises:
-        ConfigError: There is something already.
+        ConfigError: There is something already, or nothing can be written there.
     """
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
     folder = Path(
@@ -110,6 +114,12 @@ def open_output(config: EvaluateConfig) -> Path:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(
             f"output {folder} is there already and nothing is overwritten. Choose another --output."
+        )
+    there = next(path for path in [folder, *folder.parents] if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):  # told now, not after hours
+        raise ConfigError(
+            f"output {folder} cannot be written: {there} is no folder, or is read-only. Choose "
+            "another --output."
         )
     return folder
 
@@ -147,8 +157,9 @@ def make_ranker(data: InteractionData, config: EvaluateConfig) -> RankLLM:
     assert settings.model is not None  # checked with the settings
     tokenizer, max_context_tokens = load_tokenizer(settings.model)
     prompts = make_prompts(
-        settings, tokenizer, data.catalog.titles, data.catalog.categories, max_context_tokens
-    )
+        settings, tokenizer, data.catalog.titles, data.catalog.categories, max_context_tokens,
+        data.popularity_levels.tolist(),
+    )  # fmt: skip
     print(
         f"Teacher: {settings.model}, {settings.quantization}, adapter "
         f"{settings.adapter or 'none'}, loading …", flush=True,
@@ -184,7 +195,8 @@ def parse_searches(config: EvaluateConfig) -> dict[str, TeacherConfig]:
     """Settings of the teacher by name of a search; one without a name where none are asked for.
 
     Raises:
-        ConfigError: An unknown one, or a tree without a process reward model, or not in `cot`.
+        ConfigError: An unknown one, or a tree without a process reward model, or not in `cot`, or
+            one that the other settings do not allow.
     """
     teacher, text = config.teacher, config.measure.searches
     if text is None:
@@ -194,8 +206,8 @@ def parse_searches(config: EvaluateConfig) -> dict[str, TeacherConfig]:
             f"measure.searches is {text!r}, but teacher.mode is {teacher.mode}; only cot searches."
         )
     searches = {}
-    for name in text.split(","):
-        match = _SEARCH.fullmatch(name.strip())
+    for name in map(str.strip, text.split(",")):
+        match = _SEARCH.fullmatch(name)
         if match is None:
             raise ConfigError(
                 f"measure.searches has {name!r}; expected greedy, scN (self-consistency over N "
@@ -215,6 +227,8 @@ def parse_searches(config: EvaluateConfig) -> dict[str, TeacherConfig]:
             searches[name] = replace(teacher, search="none")
         else:
             searches[name] = replace(teacher, search="self_consistency", samples=int(match[1]))
+        if problems := contradictions(replace(config, teacher=searches[name])):
+            raise ConfigError(f"measure.searches has {name!r}, but {problems[0]}")
     return searches
 
 
@@ -269,7 +283,9 @@ def facts_of(
         "nll": chosen,
         "nll_of_even": float(np.log(num_candidates)),
         "confidence": float(verdict.confidence[verdict.valid].mean()),
-        "calibration_error": expected_calibration_error(measured.probs, measured.places),
+        "calibration_error": expected_calibration_error(
+            measured.probs[verdict.valid], measured.places[verdict.valid.numpy()]
+        ),
         "mean_rank_by_position": bias,
         "position_spread": max(bias) - min(bias),
         "valid_rate": float(verdict.valid.float().mean()),

@@ -133,7 +133,8 @@ def make_examples(
             some = positions[start : start + _BATCH]
             rows = _rows(data, some, settings, num_candidates, student, draw)
             kept = [row for row in rows if sum(row.relevance) > 0]
-            train += kept[: settings.rows - len(train)]
+            kept = kept[: settings.rows - len(train)]
+            train += kept
             drawn += len(some)
             bar.update(len(kept))
             if len(train) == settings.rows:

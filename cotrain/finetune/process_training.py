@@ -73,11 +73,13 @@ def process_reward(context: Context) -> Outcome:
     states = model.states(prefixes)
     train = np.array([one.split == "train" for one in rollouts for _ in one.ends])
     flat = torch.tensor([value for of_row in values for value in of_row])
-    if float(flat[torch.from_numpy(train)].std()) == 0:
+    learned = flat[torch.from_numpy(train)]
+    # A mean of thirds is rounded otherwise for another count.
+    if float(learned.max() - learned.min()) < 1e-6:
         raise CotrainError(
-            f"All {int(train.sum())} steps are worth the same ({float(flat[0]):.2f}): no "
-            "completion tells a good step from a bad one. Set process.reached reciprocal_rank, raise "
-            "examples.rows, or start from an adapter that ranks (--teacher.adapter)."
+            f"All {len(learned)} steps are worth the same ({float(learned[0]):.2f}): no "
+            "completion tells a good step from a bad one. Set process.reached reciprocal_rank, "
+            "raise examples.rows, or start from an adapter that ranks (--teacher.adapter)."
         )
     head, fit = fit_head(
         states, flat, torch.from_numpy(train), settings.epochs, settings.learning_rate
@@ -292,14 +294,16 @@ def fit_head(
             best, best_epoch = found, epoch
             head = Head(weight.detach().clone(), bias.detach().clone(), mean, scale)
     predicted = torch.sigmoid(head(states[held]))
-    together: Any = spearmanr(predicted.numpy(), values[held].numpy())
+    # Of what is all the same there is no order.
+    varied = all(len(of.unique()) > 1 for of in (predicted, values[held]))
+    together: Any = spearmanr(predicted.numpy(), values[held].numpy()) if varied else (0.0,)
     return head, {
         "steps_train": int(train.sum()),
         "steps_held_out": int(held.sum()),
         "best_epoch": best_epoch,
         "held_out_loss": best,
         "held_out_loss_of_constant": constant,
-        "held_out_spearman": float(np.nan_to_num(together[0])) if best_epoch else 0.0,
+        "held_out_spearman": float(together[0]),
     }
 
 

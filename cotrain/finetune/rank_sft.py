@@ -7,19 +7,20 @@ labels are items that were taken, not a larger model's order.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from cotrain.errors import ConfigError
-from cotrain.finetune.binding import BindingObjective
 from cotrain.finetune.examples import Example
 from cotrain.finetune.forward import identifier_logits
 from cotrain.finetune.losses import RANKING_LOSSES
 from cotrain.finetune.quality import measure
 from cotrain.finetune.run import Context, Outcome, Sample, title_lines
 from cotrain.finetune.tuning import tune
+from cotrain.finetune.warm_up import Kind, WarmUpObjective
 from cotrain.teacher.ranker import RankLLM
 
 
@@ -108,21 +109,46 @@ def rank_sft(context: Context) -> Outcome:
         context.ranker, examples.train, examples.validation, config.sft.loss, config.seed
     )
     lengths = [len(objective.encode(row, 0).tokens) for row in range(min(64, len(objective)))]
-    if config.sft.binding_rows:
-        context.say(f"Warm-up: {config.sft.binding_rows:,} rows that teach what a label is")
-        warm_up = BindingObjective(
-            context.ranker, examples.train, config.sft.binding_rows, context.data.num_items,
-            config.seed,
-        )  # fmt: skip
-        once = replace(config.sft, epochs=1, max_steps=None, patience=1000)
-        tune(context.adapter, warm_up, once, context.folder / "binding", config.seed,
-             context.accelerator)  # fmt: skip
+    warm_ups = warm_up(context)
     context.say(f"Prompts: {np.mean(lengths):.0f} tokens on average, {max(lengths)} at most")
     progress = tune(
         context.adapter, objective, config.sft, context.folder, config.seed, context.accelerator,
         context.log,
     )  # fmt: skip
-    return Outcome(progress, {"loss": config.sft.loss}, samples=ranked_samples(context))
+    facts = {"loss": config.sft.loss, "warm_ups": warm_ups}
+    return Outcome(progress, facts, samples=ranked_samples(context))
+
+
+def warm_up(context: Context) -> dict[str, Any]:
+    """The warm-ups that the settings ask for; how each did, by kind."""
+    config, sft = context.config, context.config.sft
+    found: dict[str, Any] = {}
+    kinds: list[tuple[Kind, int]] = [
+        ("recognition", sft.recognition_rows), ("popularity", sft.popularity_rows)
+    ]  # fmt: skip
+    for kind, count in kinds:
+        if not count:
+            continue
+        context.say(f"Warm-up: {count:,} rows of {kind}")
+        objective = WarmUpObjective(
+            context.ranker, context.examples.train, kind, count,
+            context.data.popularity_levels, config.seed,
+        )  # fmt: skip
+        once = replace(
+            sft, learning_rate=sft.warm_up_learning_rate, epochs=1, max_steps=None,
+            patience=1000,
+        )  # fmt: skip
+        done = tune(
+            context.adapter, objective, once, context.folder / kind, config.seed,
+            context.accelerator,
+        )  # fmt: skip
+        found[kind] = {
+            "rows": done.rows,
+            "accuracy_before": done.start["accuracy@1"],
+            "accuracy_after": done.best["accuracy@1"],
+            "seconds": round(done.seconds, 1),
+        }
+    return found
 
 
 def ranked_samples(context: Context, count: int = 10) -> list[Sample]:

@@ -237,8 +237,9 @@ def prepare(method: str, config: FinetuneConfig) -> Context:
     # Prompts first: what cannot be asked is found out before the weights are read.
     tokenizer, max_context_tokens = load_tokenizer(settings.model)
     prompts = make_prompts(
-        settings, tokenizer, data.catalog.titles, data.catalog.categories, max_context_tokens
-    )
+        settings, tokenizer, data.catalog.titles, data.catalog.categories, max_context_tokens,
+        data.popularity_levels.tolist(),
+    )  # fmt: skip
     examples = make_examples(
         data, config.examples, settings.num_candidates, config.seed, student,
         accelerator.is_main_process,

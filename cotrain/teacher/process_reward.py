@@ -88,24 +88,26 @@ class ProcessReward:
             facts = json.loads((folder / "process_reward.json").read_text("utf-8"))
             tensors = load_file(folder / "process_reward.safetensors")
             head = Head(**{name: tensors[name] for name in ("weight", "bias", "mean", "scale")})
-            wrong = facts["format"] != FORMAT
+            wrong, model = facts["format"] != FORMAT, facts["model"]
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             raise TeacherError(
                 f"The process reward model {folder} cannot be read: {error}. Expected a folder "
                 "that scripts/train_teacher.py process-reward wrote."
             ) from error
         backbone = passes.backbone
-        if wrong or len(head.weight) != backbone.hidden_size or facts["model"] != backbone.name:
+        if wrong or len(head.weight) != backbone.hidden_size or model != backbone.name:
             raise TeacherError(
-                f"The process reward model {folder} was trained on {facts.get('model')!r} with "
+                f"The process reward model {folder} was trained on {model!r} with "
                 f"states of {len(head.weight)}, not on {backbone.name!r} with "
                 f"{backbone.hidden_size}. Train one for this teacher."
             )
         name = None
         if (folder / "adapter").is_dir():
             before, trained = backbone.adapter, trainable(backbone)
-            backbone.load_adapter(str(folder / "adapter"), _NAME)
-            _back(backbone, before, trained)
+            try:
+                backbone.load_adapter(str(folder / "adapter"), _NAME)
+            finally:
+                _back(backbone, before, trained)
             name = _NAME
         return cls(head, passes, budget, name)
 

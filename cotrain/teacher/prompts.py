@@ -34,6 +34,7 @@ class PromptBuilder:
         max_context_tokens: The model's limit.
         reserved_tokens: Of these, kept free after a prompt: one for an identifier, and those of a
             reasoning. What else the mode writes is added to it.
+        popularity: A level of each item index, for templates that show it.
 
     Attributes:
         prefix: The tokens with which every prompt begins.
@@ -43,6 +44,7 @@ class PromptBuilder:
         answer_tokens: Tokens of a whole ranking after the answer prefix, the end of the answer
             included, as `generate` writes it.
         max_prompt_tokens: No prompt is longer.
+        shows_popularity: Whether candidates are shown with theirs.
 
     Raises:
         TeacherError: Identifiers that cannot be scored; a chat template that takes no user message.
@@ -64,6 +66,7 @@ class PromptBuilder:
         max_title_tokens: int,
         max_context_tokens: int,
         reserved_tokens: int = 1,
+        popularity: Sequence[int] | None = None,
     ):
         self.tokenizer = tokenizer
         self.num_shown = num_shown
@@ -83,10 +86,11 @@ class PromptBuilder:
             make_line(self._segments, template.candidate, {"identifier": text})
             for text in self.identifiers.texts
         ]
+        self.shows_popularity = "popularity" in self._candidate_lines[0].fields
         self._history_line = make_line(self._segments, template.history_item, {})
         self._items = ItemTokens(
             self._segments, titles, categories, template.categories,
-            [self._history_line, self._candidate_lines[0]], max_title_tokens,
+            [self._history_line, self._candidate_lines[0]], max_title_tokens, popularity,
         )  # fmt: skip
         ranking = "] > [".join(self.identifiers.texts)
         self.answer_tokens = len(self._segments.encode(f"{ranking}]")) + 1
@@ -167,6 +171,7 @@ class PromptBuilder:
         longest = sum(lengths[-self.num_shown :])
         frame = self._num_fixed + (self.num_shown - 1) * len(self._segments.line_end)
         frame += sum(map(len, self._candidate_lines))
+        frame += self.num_shown * self._items.most_popularity_tokens(self._candidate_lines[0])
         if frame + longest > self.max_prompt_tokens:
             raise ConfigError(
                 f"{self.num_shown} candidates can take {frame + longest} tokens, without any "
@@ -182,6 +187,7 @@ def make_prompts(
     titles: Sequence[str],
     categories: Sequence[str],
     max_context_tokens: int,
+    popularity: Sequence[int] | None = None,
 ) -> PromptBuilder:
     """The prompts that a run's settings ask for; `ItemPrompts` in the modes without labels.
 
@@ -208,4 +214,5 @@ def make_prompts(
         max_title_tokens=settings.max_title_tokens,
         max_context_tokens=max_context_tokens,
         reserved_tokens=1 + (settings.reasoning_tokens if settings.mode == "cot" else 0),
+        popularity=popularity,
     )

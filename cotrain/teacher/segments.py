@@ -113,11 +113,11 @@ class Segments:
 
 @dataclass(frozen=True)
 class Line:
-    """What a template says of one item: fixed tokens, and between them its title and categories.
+    """What a template says of one item: fixed tokens, and between them its title and more.
 
     Attributes:
         fixed: One more than fields.
-        fields: `title` and perhaps `categories`.
+        fields: `title` and perhaps `categories` and `popularity`.
         lead: The space before the title, or nothing; it belongs to the title's tokens, as in
             running text.
     """
@@ -131,8 +131,8 @@ class Line:
 
 
 def make_line(segments: Segments, text: str, values: Mapping[str, str]) -> Line:
-    """The line of a template section, with every field but title and categories filled in."""
-    cuts = cut(text, values, ("title", "categories"))
+    """The line of a template section, with every field filled in but those of the item."""
+    cuts = cut(text, values, ("title", "categories", "popularity"))
     fixed, fields = cuts[::2], cuts[1::2]
     place = fields.index("title")
     lead = " " if fixed[place].endswith(" ") else ""
@@ -150,6 +150,7 @@ class ItemTokens:
         around: Words around categories, with the field {categories}; may be empty.
         lines: That will be filled.
         max_title_tokens: A title, and separately its categories, are cut to this many tokens.
+        popularity: A level of each item index, where a line shows it.
 
     Attributes:
         nothing: Index of an item that is called "N/A", after the real ones.
@@ -163,6 +164,7 @@ class ItemTokens:
         around: str,
         lines: Sequence[Line],
         max_title_tokens: int,
+        popularity: Sequence[int] | None = None,
     ):
         self.nothing = len(titles)
         self._segments = segments
@@ -186,6 +188,13 @@ class ItemTokens:
                 around, [escape(", ".join(text.split("|")), controls) for text in categories]
             )
 
+        self._popularity: list[list[int]] = []
+        if any("popularity" in line.fields for line in lines):
+            if popularity is None:
+                raise ValueError("the template shows {popularity}, and no levels were given")
+            levels = [segments.encode(str(level)) for level in range(max(popularity) + 1)]
+            self._popularity = [levels[level] for level in popularity] + [levels[0]]
+
     def _encode_categories(self, around: str, lists: Sequence[str]) -> None:
         having = [item for item, text in enumerate(lists) if text]
         before, _, after = cut(around, {}, ("categories",))
@@ -208,7 +217,11 @@ class ItemTokens:
 
     def fill(self, line: Line, item: int) -> list[int]:
         """The line of one item."""
-        values = {"title": self._titles[line.lead], "categories": self._categories}
+        values = {
+            "title": self._titles[line.lead],
+            "categories": self._categories,
+            "popularity": self._popularity,
+        }
         tokens = line.fixed[0].copy()
         for field, after in zip(line.fields, line.fixed[1:], strict=True):
             tokens += values[field][item] + after
@@ -234,6 +247,11 @@ class ItemTokens:
                     break
             lines.append(tokens)
         return self._segments.joined(lines[::-1])
+
+    def most_popularity_tokens(self, line: Line) -> int:
+        """Tokens of a popularity at most, where this line shows it."""
+        shown = line.fields.count("popularity")
+        return shown * max(map(len, self._popularity), default=0)
 
     def all_tokens(self, line: Line) -> list[list[int]]:
         """Title and categories of each item 1..V-1, as this line shows them."""

@@ -57,8 +57,8 @@ _WORDS = ("noun", "num_candidates")
 SECTIONS = {
     "system": Section(optional=_WORDS, required=False),
     "user": Section(once=("instruction", "history", "candidates"), optional=_WORDS),
-    "history_item": Section(once=("title",), optional=("categories",)),
-    "candidate": Section(once=("identifier", "title"), optional=("categories",)),
+    "history_item": Section(once=("title",), optional=("categories", "popularity")),
+    "candidate": Section(once=("identifier", "title"), optional=("categories", "popularity")),
     "categories": Section(once=("categories",), required=False),
     "instruction": Section(optional=_WORDS),
     "instruction_cot": Section(optional=_WORDS),
@@ -76,7 +76,8 @@ class Template:
         user: The message to the teacher. The part before the first of {history} and {candidates} is
             the same in every prompt of a run and computed once, so the longer the cheaper.
         history_item: One line of the history.
-        candidate: One line of the candidates.
+        candidate: One line of the candidates; {popularity} in a line is how often the item was
+            taken in training, 0 to 9 by shares of a tenth of all interactions.
         instruction: What {instruction} stands for in the modes direct and generate.
         instruction_cot: The same in the mode cot.
         answer: Opens the teacher's ranking; ends with the bracket before the first identifier.

@@ -451,3 +451,14 @@ def test_shared_tables(tmp_path, name, sizes):
 
 def raw_history(data: InteractionData, user: int) -> list:
     return [data.catalog.item_ids[item] for item in data.history(user)]
+
+
+def test_popularity_levels_hold_a_tenth_of_the_interactions_each(ml100k: InteractionData):
+    levels, counts = ml100k.popularity_levels, ml100k.train_counts
+    held = np.bincount(levels, weights=counts, minlength=10) / counts.sum()
+    # An item's interactions cannot be parted: the most popular one holds half a percent.
+    assert np.abs(held - 0.1).max() < 0.005
+    order = np.argsort(counts, kind="stable")
+    assert (np.diff(levels[order]) >= 0).all()
+    assert levels[0] == 0
+    assert levels[counts.argmax()] == 9

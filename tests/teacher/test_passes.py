@@ -110,6 +110,35 @@ def test_steps_end_where_whole_prompts_do(family: str, prefix: list[int]):
     assert gap(steps.advance(more[rows, 6:8]), plain(8, rows)) < 1e-5
 
 
+@pytest.mark.parametrize("prefix", [[], PREFIX], ids=["whole", "behind a prefix"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_suffixes_of_several_lengths_are_read_as_whole_prompts(family: str, prefix: list[int]):
+    backbone = tiny_backbone(family)
+    prompts = random_prompts(LENGTHS, PREFIX)
+    suffixes = random_prompts([4, 1, 6, 2, 6], seed=4)
+    passes = Passes(backbone, prefix)
+    steps = Steps(passes, prompts, further=9)
+
+    def whole(rows: list[int], *before: int) -> Tensor:
+        return plain_states(backbone, [[*prompts[row], *before, *suffixes[row]] for row in rows])
+
+    every = list(range(len(prompts)))
+    before = steps.state
+    assert gap(steps.read(suffixes), whole(every)) < 1e-5
+    # They are taken back again, also where rows go on, twice each and in another order.
+    assert steps.state is before
+    assert gap(steps.read(suffixes), whole(every)) < 1e-5
+    steps.advance(torch.tensor([[5, 6]] * 5))
+    after = [[*prompt, 5, 6] for prompt in prompts]
+    assert gap(steps.state, plain_states(backbone, after)) < 1e-5
+    rows = [4, 0, 0, 2]
+    steps.keep(torch.tensor(rows))
+    assert gap(steps.read([suffixes[row] for row in rows]), whole(rows, 5, 6)) < 1e-5
+    assert gap(steps.advance(torch.tensor([[7]] * 4)), plain_states(
+        backbone, [[*after[row], 7] for row in rows]
+    )) < 1e-5  # fmt: skip
+
+
 @pytest.mark.parametrize("family", WINDOWED)
 def test_padding_behind_a_prefix_never_pushes_it_out_of_the_window(family: str):
     """What lies before the padding would look farther away than it is; a window has to be wide

@@ -240,6 +240,58 @@ def test_fewer_candidates_than_the_most(tokenizer):
         builder(tokenizer, FILMS).build([1], [1, 2, 3, 4])
 
 
+@pytest.mark.parametrize("mode", ["direct", "cot"])
+def test_a_hint_is_the_line_of_the_right_candidate_before_the_answer(tokenizer, mode):
+    prompts = builder(tokenizer, FILMS, GENRES, mode=mode)
+    plain = prompts.build([3, 1], [4, 2, 1])
+    text = str(tokenizer.decode(plain))
+    body, end, tail = text.partition("<|im_end|>\n<|im_start|>assistant\n")
+    for place, line in enumerate(
+        ["[A] (REC) | Horror", "[B] Heat", "[C] Toy Story (1995) | Animation, Children's"]
+    ):
+        hinted = prompts.build([3, 1], [4, 2, 1], hint=place)
+        told = body + f"\n\nThe right one is:\n{line}" + end + tail
+        assert tokenizer.decode(hinted) == told
+        assert hinted == tokenizer.encode(told, add_special_tokens=False)
+    assert prompts.build([3, 1], [4, 2, 1], hint=None) == plain
+
+
+def test_labels_are_the_identifiers_that_are_asked_for(tokenizer):
+    prompts = builder(tokenizer, FILMS, GENRES)
+    plain = prompts.build([1], [4, 2, 1])
+    assert prompts.build([1], [4, 2, 1], labels=[0, 1, 2]) == plain
+    text = str(tokenizer.decode(prompts.build([1], [4, 2], hint=1, labels=[2, 0])))
+    assert "Candidates:\n[C] (REC) | Horror\n[A] Heat\n\nThe right one is:\n[A] Heat<" in text
+    with pytest.raises(ValueError, match="zip"):
+        prompts.build([1], [4, 2], labels=[0])
+
+
+def test_history_makes_room_for_a_hint(bytes_tokenizer):
+    """The oldest goes first; candidates and hint stay whole."""
+    tokenizer, titles, history = bytes_tokenizer(), ["x" * 20] * 30, list(range(4, 31))
+    frame: dict[str, Any] = {"history_length": 30, "num_shown": 3}
+    whole = builder(tokenizer, titles, **frame).build(history, [1, 2, 3])
+    prompts = builder(tokenizer, titles, max_context_tokens=len(whole) - 60, **frame)
+    plain, hinted = (prompts.build(history, [1, 2, 3], hint=hint) for hint in (None, 1))
+    shown = [str(tokenizer.decode(prompt)).count("\n- ") for prompt in (plain, hinted)]
+    assert 0 < shown[1] < shown[0] < 27
+    assert max(len(plain), len(hinted)) <= prompts.max_prompt_tokens
+    assert "The right one is:\n[B] " + "x" * 20 in str(tokenizer.decode(hinted))
+
+
+@pytest.mark.parametrize("name", ["control token", "label on a line of its own", "chat"])
+def test_a_hostile_title_is_no_more_than_a_title_in_a_hint(tokenizer, structure, name):
+    """The same tokens stand around it as around a plain one."""
+    prompts = builder(tokenizer, [HOSTILE[name], "plain", "other"])
+    marks = structure["brackets"] | structure["line ends"] | structure["controls"]
+
+    def frame(item: int) -> list[int]:
+        shown = [2, item] if item == 1 else [2, 3]
+        return [token for token in prompts.build([2], shown, hint=1) if token in marks]
+
+    assert frame(1) == frame(3)
+
+
 def test_content_free(tokenizer):
     prompts = builder(tokenizer, FILMS, GENRES)
     prompt = prompts.build_content_free(2)

@@ -45,7 +45,7 @@ def mistakes(text: str) -> list[str]:
 
 
 def test_the_shipped_templates():
-    assert SHIPPED == ["brief", "default", "movies", "products"]
+    assert SHIPPED == ["brief", "brief-popularity", "default", "movies", "products"]
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -61,7 +61,7 @@ def test_a_shipped_template_shares_its_instruction_and_names_no_identifier(name)
         assert "[" not in text
         assert not re.search(r"\b[B-HJ-Z1-9]\b", text)
     assert template.reasoning
-    assert ("{categories}" in template.candidate) == (name != "brief")
+    assert ("{categories}" in template.candidate) == (not name.startswith("brief"))
 
 
 # ---- files --------------------------------------------------------------------------------------

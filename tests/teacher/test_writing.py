@@ -213,6 +213,51 @@ def test_a_seed_tells_rows_of_one_prompt_apart():
     assert len(set(texts)) == 3
 
 
+@pytest.mark.parametrize("prefix", [[], PREFIX], ids=["whole", "behind a prefix"])
+def test_copies_are_separate_calls_that_read_each_prompt_once(prefix: list[int]):
+    backbone = tiny_backbone("llama")
+    prompts = random_prompts(LENGTHS, PREFIX)
+    seeds = seeds_of(3 * len(prompts))
+    passes = Passes(backbone, prefix)
+
+    def written(some: list[list[int]], own: list[tuple[int, ...]], copies: int, **options: Any):
+        sampling = Sampling(1.5, 0.95, own)
+        return write(passes, some, 20, sampling=sampling, copies=copies, **options)
+
+    answers, first = written(prompts, seeds, 3)
+    assert len(answers) == len(first) == 3 * len(prompts)
+    for place in range(3):
+        separate, state = written(prompts, seeds[place::3], 1)
+        assert [row.tokens for row in answers[place::3]] == [row.tokens for row in separate]
+        assert [row.logprob for row in answers[place::3]] == pytest.approx(
+            [row.logprob for row in separate], rel=1e-5
+        )
+        assert gap(first[place::3], state) < 1e-5
+    assert len({tuple(row.tokens) for row in answers}) == 3 * len(prompts)
+    # One that says enough, or ends, leaves the others alone.
+    enough = tuple(answers[4].tokens[:3])
+    some, _ = written(prompts, seeds, 3, done=lambda tokens: tuple(tokens[:3]) == enough)
+    assert [row.tokens for row in some] == [
+        row.tokens[:8] if number == 4 else row.tokens for number, row in enumerate(answers)
+    ]
+    passes.computed_tokens = 0
+    write(passes, prompts, 1, copies=3)
+    whole = passes.computed_tokens
+    passes.computed_tokens = 0
+    write(passes, prompts, 1)
+    assert whole == passes.computed_tokens
+
+
+def test_copies_without_sampling_say_the_same():
+    backbone = tiny_backbone("llama")
+    prompts = random_prompts([4, 9])
+    answers, _ = write(Passes(backbone), prompts, 12, copies=2)
+    plain, _ = write(Passes(backbone), prompts, 12)
+    assert [row.tokens for row in answers] == [row.tokens for row in plain for _ in range(2)]
+    with pytest.raises(TeacherError, match=r"4 answers .* with 2 seeds"):
+        write(Passes(backbone), prompts, 2, sampling=Sampling(1, 1, seeds_of(2)), copies=2)
+
+
 def test_without_temperature_or_with_one_token_in_the_nucleus_text_is_greedy():
     backbone = tiny_backbone("llama")
     prompts = random_prompts(LENGTHS)
@@ -247,7 +292,7 @@ def test_logprob_is_the_models_own_of_all_that_was_written(family: str, drawn: b
 
 def test_seeds_and_settings_that_cannot_be_drawn_with_are_refused():
     backbone = tiny_backbone("llama")
-    with pytest.raises(TeacherError, match=r"2 prompts .* with 3 seeds"):
+    with pytest.raises(TeacherError, match=r"2 answers .* with 3 seeds"):
         write(Passes(backbone), random_prompts([4, 4]), 2, sampling=Sampling(1, 1, seeds_of(3)))
     for temperature, top_p in ((-0.1, 1), (math.nan, 1), (1, 0), (1, 1.01)):
         with pytest.raises(TeacherError, match="Expected temperature"):

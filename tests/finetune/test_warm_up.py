@@ -1,0 +1,160 @@
+"""Rows whose answer is certain: the item that the history shows, or the most popular one."""
+
+import functools
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cotrain.config import TeacherConfig
+from cotrain.data.interactions import InteractionData
+from cotrain.errors import ConfigError
+from cotrain.finetune.examples import Example
+from cotrain.finetune.lora import TrainableAdapter
+from cotrain.finetune.warm_up import CANDIDATES, WarmUpObjective, WarmUpRow
+from cotrain.finetune_settings import LoraSettings
+from cotrain.teacher import backbone as backbones
+from cotrain.teacher.backbone import load_backbone
+from cotrain.teacher.prompts import make_prompts
+from cotrain.teacher.ranker import RankLLM
+
+Make = Callable[..., WarmUpObjective]
+LETTERS = "ABCDEFGHIJ"
+HISTORIES = [(1, 50, 3, 4, 5), (9, 100, 200), (42,)]
+ROWS = [Example(user, 3, items, (1, 2), (1.0, 0.0), 1) for user, items in enumerate(HISTORIES)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_tokenizer() -> Iterator[None]:
+    """It takes longer to read than the tiny model."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backbones, "load_tokenizer", functools.cache(backbones.load_tokenizer))
+        yield
+
+
+@pytest.fixture(scope="module")
+def make(tiny_teacher: str, ml100k: InteractionData) -> Make:
+    @functools.cache
+    def ranker(**changes: Any) -> RankLLM:
+        settings = TeacherConfig(
+            **{"num_candidates": 10, "history_length": 3, "template": "brief", **changes}
+        )
+        backbone = load_backbone(tiny_teacher, "fp32", torch.device("cpu"))
+        prompts = make_prompts(
+            settings, backbone.tokenizer, ml100k.catalog.titles, ml100k.catalog.categories, 2048,
+            ml100k.popularity_levels.tolist(),
+        )  # fmt: skip
+        return RankLLM(backbone, prompts, settings)
+
+    def objective(seed: int = 0, kind: Any = "recognition", **changes: Any) -> WarmUpObjective:
+        levels = ml100k.popularity_levels
+        return WarmUpObjective(ranker(**changes), ROWS, kind, 7, levels, seed)
+
+    return objective
+
+
+def read(objective: WarmUpObjective, row: WarmUpRow) -> tuple[list[str], dict[str, str]]:
+    """The titles of the history, and of each label, that a prompt's words show."""
+    text = str(objective.ranker.prompts.tokenizer.decode(row.tokens))
+    past, _, rest = text.partition("\n\nCandidates:\n")
+    shown = re.findall(r"^(.*) \[([A-Z])\]", rest, re.MULTILINE)
+    assert text.endswith("Next: [")
+    return re.findall(r"^- (.*)$", past, re.MULTILINE), {label: title for title, label in shown}
+
+
+@pytest.mark.parametrize("num_candidates", [10, 4])
+def test_only_the_right_labels_title_is_in_the_history_that_is_shown(
+    make: Make, num_candidates: int
+):
+    objective = make(num_candidates=num_candidates)
+    rights, places, labels = Counter(), Counter(), Counter()
+    for epoch in range(6):
+        for row in range(len(objective)):
+            encoded = objective.encode(row, epoch)
+            past, shown = read(objective, encoded)
+            assert len(past) == min(3, len(HISTORIES[row % 3]))  # not the items before them
+            assert len(shown) == len(encoded.labels) == min(CANDIDATES, num_candidates)
+            assert list(shown) == [LETTERS[label] for label in encoded.labels]
+            own = [shown[LETTERS[label]] in past for label in encoded.labels]
+            assert own == [place == encoded.right for place in range(len(own))]
+            rights[shown[LETTERS[encoded.labels[encoded.right]]]] += 1
+            places[encoded.right] += 1
+            labels.update(encoded.labels)
+    # Any of the titles shown, at any place, under any label.
+    assert len(rights) == 7
+    assert len(places) == min(CANDIDATES, num_candidates)
+    assert set(labels) == set(range(num_candidates))
+
+
+def test_every_other_row_asks_for_the_most_popular_one(make: Make, ml100k: InteractionData):
+    objective = make(kind="popularity", template="brief-popularity")
+    for row in range(6):
+        encoded = objective.encode(row, 0)
+        text = str(objective.ranker.prompts.tokenizer.decode(encoded.tokens))
+        shown = re.findall(r"^.*, (\d) \[[A-Z]\]", text, re.MULTILINE)
+        assert len(shown) == CANDIDATES
+        assert encoded.kind == ("popularity" if row % 2 else "recognition")
+        if row % 2:
+            assert len(set(shown)) == CANDIDATES
+            assert shown[encoded.right] == max(shown)
+
+
+def test_popularity_that_is_not_shown_cannot_be_learned(make: Make):
+    with pytest.raises(ConfigError, match=r"template brief does not.*brief-popularity"):
+        make(kind="popularity")
+
+
+def test_rows_are_others_in_each_epoch_and_the_same_again(make: Make):
+    objective, again = make(), make()
+    epochs = [[objective.encode(row, epoch) for row in range(7)] for epoch in range(3)]
+    assert epochs[1] == [again.encode(row, 1) for row in range(7)]
+    tokens = {tuple(row.tokens) for rows in epochs for row in rows}
+    assert len(tokens) == 21
+    assert make(seed=1).encode(0, 0) != epochs[0][0]
+
+
+def test_the_loss_is_that_of_the_models_own_logits_among_the_labels_shown(make: Make):
+    objective = make()
+    encoded = [objective.encode(row, 0) for row in range(4)]
+    model: Any = objective.ranker.backbone.model
+    tokens = objective.ranker.prompts.identifiers.first_tokens
+    expected = []
+    for row in encoded:
+        with torch.no_grad():
+            logits = model(torch.tensor([row.tokens])).logits[0, -1]
+        shown = logits[[tokens[label] for label in row.labels]]
+        expected.append(float(F.cross_entropy(shown, torch.tensor(row.right))))
+    assert float(objective.loss_sum(encoded)) == pytest.approx(sum(expected), rel=1e-4)
+    assert float(objective.loss_sum(encoded[2:3])) == pytest.approx(expected[2], rel=1e-4)
+
+
+def test_gradients_reach_the_adapter(make: Make):
+    objective = make(max_title_tokens=8)  # a model of its own
+    adapter = TrainableAdapter(objective.ranker.backbone, LoraSettings(rank=2, dropout=0.0), 0)
+    objective.loss_sum([objective.encode(0, 0)]).backward()
+    grads = [p.grad for name, p in adapter.parameters.items() if "lora_B" in name]
+    assert sum(float(grad.norm()) for grad in grads if grad is not None) > 1e-3
+
+
+@pytest.mark.parametrize(("knows", "accuracy"), [(1.0, 1.0), (0.0, 0.0), (-1.0, 0.0)])
+def test_validation_counts_ties_against_the_teacher(
+    make: Make, monkeypatch: pytest.MonkeyPatch, knows: float, accuracy: float
+):
+    objective, seen = make(), []
+
+    def planted(encoded: list[WarmUpRow]) -> Tensor:
+        seen.extend(tuple(row.tokens) for row in encoded)
+        logits = torch.zeros(len(encoded), CANDIDATES)
+        logits[torch.arange(len(encoded)), [row.right for row in encoded]] = knows
+        return logits
+
+    monkeypatch.setattr(objective, "_logits", planted)
+    assert objective.validate(None) == {"accuracy@1": accuracy, "ndcg@10": accuracy}
+    trained = {tuple(objective.encode(row, epoch).tokens) for row in range(7) for epoch in range(3)}
+    assert len(set(seen)) == 64
+    assert not trained & set(seen)
