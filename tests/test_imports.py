@@ -36,7 +36,8 @@ BELOW = {
         "cotrain.runtime", "cotrain.student", "cotrain.teacher",
     },
     "cotrain.finetune": {
-        "cotrain.errors", "cotrain.finetune_settings", "cotrain.config", "cotrain.files",
+        "cotrain.errors", "cotrain.finetune_settings", "cotrain.config", "cotrain.contradictions",
+        "cotrain.files",
         "cotrain.data", "cotrain.runtime", "cotrain.student", "cotrain.teacher",
         "cotrain.evaluation", "cotrain.rationale",
     },

@@ -41,7 +41,8 @@ class TrainableAdapter:
     ):
         self.backbone = backbone
         if start is not None:
-            backbone.load_adapter(start, NAME)
+            folder = Path(start).expanduser()
+            backbone.load_adapter(str(folder) if folder.is_dir() else start, NAME)
         else:
             device = backbone.device
             with replayed(torch_state(device), device):

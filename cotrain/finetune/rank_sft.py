@@ -123,10 +123,11 @@ def warm_up(context: Context) -> dict[str, Any]:
     """The warm-ups that the settings ask for; how each did, by kind."""
     config, sft = context.config, context.config.sft
     found: dict[str, Any] = {}
-    kinds: list[tuple[Kind, int]] = [
-        ("recognition", sft.recognition_rows), ("popularity", sft.popularity_rows)
-    ]  # fmt: skip
-    for kind, count in kinds:
+    kinds: list[tuple[Kind, int, float]] = [
+        ("recognition", sft.recognition_rows, sft.recognition_learning_rate),
+        ("popularity", sft.popularity_rows, sft.popularity_learning_rate),
+    ]
+    for kind, count, rate in kinds:
         if not count:
             continue
         context.say(f"Warm-up: {count:,} rows of {kind}")
@@ -134,10 +135,7 @@ def warm_up(context: Context) -> dict[str, Any]:
             context.ranker, context.examples.train, kind, count,
             context.data.popularity_levels, config.seed,
         )  # fmt: skip
-        once = replace(
-            sft, learning_rate=sft.warm_up_learning_rate, epochs=1, max_steps=None,
-            patience=1000,
-        )  # fmt: skip
+        once = replace(sft, learning_rate=rate, epochs=1, max_steps=None, patience=1000)
         done = tune(
             context.adapter, objective, once, context.folder / kind, config.seed,
             context.accelerator,

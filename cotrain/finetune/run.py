@@ -24,6 +24,7 @@ from cotrain import config as configuration
 from cotrain.config import FinetuneConfig
 from cotrain.data.interactions import InteractionData, load_interactions
 from cotrain.errors import CheckpointError, ConfigError, TeacherError
+from cotrain.files import write_whole
 from cotrain.finetune.examples import Example, Examples, make_examples, open_student
 from cotrain.finetune.lora import TrainableAdapter
 from cotrain.finetune.quality import metrics_of
@@ -132,6 +133,9 @@ def open_folder(folder: Path, config: FinetuneConfig, method: str) -> bool:
         )
     content = yaml.safe_load(known.read_text("utf-8"))
     before = _flat(content if isinstance(content, dict) else {})
+    facts = folder / "environment.json"
+    if facts.is_file():
+        before["method"] = json.loads(facts.read_text("utf-8")).get("method")
     now = _flat({"method": method, **configuration.to_dict(config)})
     other = [
         f"{name} {before.get(name)!r} → {value!r}"
@@ -283,12 +287,14 @@ def _write_facts(
 ) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        content = {"method": method, **configuration.to_dict(config)}
+        facts = {
+            "method": method,
+            **tracking.environment(accelerator.device, accelerator.num_processes),
+        }
+        write_whole(folder / "environment.json", json.dumps(facts, indent=2) + "\n")
         half = folder / ".config.yaml.tmp"
-        half.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
+        configuration.save(config, half)
         os.replace(half, folder / "config.yaml")
-        facts = tracking.environment(accelerator.device, accelerator.num_processes)
-        (folder / "environment.json").write_text(json.dumps(facts, indent=2) + "\n")
     except OSError as error:
         raise CheckpointError(
             f"Cannot write to {folder}: {error.strerror}. Choose another --output."

@@ -191,10 +191,13 @@ def _attempt(context: Context, rows: Sequence[int], number: int, hinted: bool) -
                 for place in group:
                     thoughts[place] = []
             if stop.received:
-                raise Interrupted(
-                    f"Stopped while round {number} drew its reasonings; the rounds before it are "
-                    f"safe in {context.folder}. The same command begins this round again."
-                )
+                break
+    # Here, where all processes come: one that stopped alone would leave the others waiting.
+    if any(gather_object([stop.received])):
+        raise Interrupted(
+            f"Stopped while round {number} drew its reasonings; the rounds before it are safe in "
+            f"{context.folder}. The same command begins this round again."
+        )
     found = [
         _right_ones(context, row, own, scores, place, hinted)
         for row, own, scores, place in zip(

@@ -315,6 +315,9 @@ class _Loop:
     def restore(self) -> None:
         weights, state = checkpoint.load_latest(self.folder)
         self.progress = Progress(**state["progress"])
+        # Another one asked for now holds, unless memory is known not to do for it.
+        if not self.progress.backoffs:
+            self.progress.micro_batch_tokens = self.settings.micro_batch_tokens
         self.adapter.load_state(weights["adapter"], f"step {self.progress.step}")
         self.best_state = weights["best"]
         self.optimizer.load_state_dict(state["optimizer"])
