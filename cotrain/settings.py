@@ -172,7 +172,9 @@ class TeacherConfig:
     search_steps: int = option(3, "tree: steps at most; a step is a sentence.", ge=1)
     search_temperature: float = option(0.8, "search: tokens are drawn at this temperature.", gt=0)
     process_reward: str | None = option(
-        None, "tree: folder of a process reward model, as scripts/train_teacher.py writes it."
+        None,
+        "tree: folder of a process reward model, as scripts/train_teacher.py writes it; needed by "
+        "no other search: none.",
     )
     title_tokens: int = option(24, "bigrec: tokens of a written title at most.", ge=1)
     grounding_encoder: str = option(

@@ -149,7 +149,7 @@ def test_words_that_are_no_option_and_options_without_a_value():
         ("train.control", "1", "true or false"),
         ("teacher.quantization", "fp64", "one of nf4, int8, bf16, fp32"),
         ("teacher.quantization", "NF4", "one of nf4, int8, bf16, fp32"),
-        ("teacher.mode", "listwise", "one of direct, generate, cot"),
+        ("teacher.mode", "listwise", "one of direct, generate, cot, bigrec, pointwise"),
         ("distill.confidence", "true", "one of entropy, agreement, none"),
         ("teacher.window", "all", "a whole number or none"),
         ("teacher.batch_tokens", "8k", "a whole number or none"),
@@ -273,7 +273,8 @@ def test_all_mistakes_in_one_message(tmp_path):
         "--eval.batch_size has no value; expected --eval.batch_size VALUE.",
         f"{file}: unknown setting 'train.epoch'; the nearest known one is 'train.epochs'.",
         f"{file}: train.batch_size is 2.5; expected a whole number.",
-        "command line: teacher.mode is 'x'; expected one of direct, generate, cot.",
+        "command line: teacher.mode is 'x'; expected one of direct, generate, cot, "
+        "bigrec, pointwise.",
         "distill.lambda_rank is -1.0; expected ≥ 0.",
         "query.fraction is 1.5; expected ≥ 0 and ≤ 1.",
     ]
@@ -389,6 +390,9 @@ def test_round_trip_of_every_setting(tmp_path):
         "data.items": "null.csv",
         "train.epochs": 41,
         "teacher.stride": 3,  # less than its window
+        # A search wants labels of one token, and bigrec and pointwise no windows.
+        "teacher.mode": "cot",
+        "teacher.search": "none",
         # With any other loss, label smoothing and lazy updates contradict each other.
         "train.loss": "ce",
         "train.item_updates": "all",
