@@ -73,8 +73,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     student = open_student(config.examples, data)
     rows, looked_at = make_rows(data, config, student)
     print(
-        f"Rows: {len(rows):,}, whose candidates hold the true item, of {looked_at:,} validation "
-        f"rows ({len(rows) / looked_at:.1%})"
+        f"Rows: {len(rows):,} whose candidates hold the true item; {looked_at:,} validation rows "
+        "were looked at"
     )
     before = read_rows(Path(config.measure.against), rows, data) if config.measure.against else None
     searches = parse_searches(config)

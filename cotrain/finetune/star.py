@@ -67,7 +67,12 @@ def star(context: Context) -> Outcome:
         folder = context.folder / f"round_{number}"
         kept, facts = _gather(context, folder, number)
         if not kept:
-            _leave(context, best_state, f"Round {number} kept none of its reasonings")
+            _leave(
+                context, best_state,
+                f"Round {number} kept none of its reasonings ({facts['share of draws right']:.1%} "
+                "of those without a hint led to the right item; one that is kept also ends within "
+                "teacher.reasoning_tokens, says three words and names no label)",
+            )  # fmt: skip
         adapter.load_state(begin, "start")
         objective = CotObjective(
             context.ranker,

@@ -29,6 +29,7 @@ class ItemPrompts(PromptBuilder):
         max_title_tokens: A title, and separately its categories, are cut to this many tokens.
         title_tokens: A written title is cut to this many.
         max_context_tokens: The model's limit.
+        popularity: A level of each item index, for templates that show it.
 
     Attributes:
         template: The words.
@@ -56,6 +57,7 @@ class ItemPrompts(PromptBuilder):
         max_title_tokens: int,
         title_tokens: int,
         max_context_tokens: int,
+        popularity: Sequence[int] | None = None,
     ):
         self.tokenizer, self.template, self.mode = tokenizer, template, mode
         self.num_shown, self.history_length = num_candidates, history_length
@@ -85,6 +87,7 @@ class ItemPrompts(PromptBuilder):
         self._items = ItemTokens(
             self._segments, titles, categories, template.categories,
             [self._history_line, self._candidate_line, self._title_line], max_title_tokens,
+            popularity,
         )  # fmt: skip
         self.answer_ids: tuple[int, ...] = () if asks_title else self._answers(context)
         self.max_prompt_tokens = max_context_tokens - (title_tokens if asks_title else 1)
@@ -178,6 +181,7 @@ class ItemPrompts(PromptBuilder):
         if self.mode == "pointwise":
             # The line holds the title's tokens and its own.
             longest = max(map(len, self.item_tokens()), default=0) + len(self._candidate_line)
+            longest += self._items.most_popularity_tokens(self._candidate_line)
         if self._num_fixed + longest > self.max_prompt_tokens:
             raise ConfigError(
                 f"A prompt of teacher.mode {self.mode} can take {self._num_fixed + longest} "
@@ -195,6 +199,7 @@ def make_item_prompts(
     titles: Sequence[str],
     categories: Sequence[str],
     max_context_tokens: int,
+    popularity: Sequence[int] | None = None,
 ) -> ItemPrompts:
     """The prompts that a run's settings ask for in one of these modes.
 
@@ -213,4 +218,5 @@ def make_item_prompts(
         max_title_tokens=settings.max_title_tokens,
         title_tokens=settings.title_tokens,
         max_context_tokens=max_context_tokens,
+        popularity=popularity,
     )

@@ -52,8 +52,10 @@ ITEMWISE = Kind(
         "title_answer": Section(once=("title",), optional=_WORDS, required=False),
         "yes_no": Section(once=("history", "candidate"), optional=_WORDS, required=False),
         "yes_no_answer": Section(once=("answer",), optional=_WORDS, required=False),
-        "history_item": Section(once=("title",), optional=("categories",)),
-        "candidate": Section(once=("title",), optional=("categories",), required=False),
+        "history_item": Section(once=("title",), optional=("categories", "popularity")),
+        "candidate": Section(
+            once=("title",), optional=("categories", "popularity"), required=False
+        ),
         "categories": Section(once=("categories",), required=False),
     },
     words=_WORDS,

@@ -199,7 +199,7 @@ def make_prompts(
         from cotrain.teacher.item_prompts import make_item_prompts
 
         return make_item_prompts(
-            settings, settings.mode, tokenizer, titles, categories, max_context_tokens
+            settings, settings.mode, tokenizer, titles, categories, max_context_tokens, popularity
         )
     return PromptBuilder(
         tokenizer,

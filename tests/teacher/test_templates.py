@@ -96,7 +96,7 @@ def test_spaces_inside_a_section_stay():
     ("name", "said"),
     [
         ("movie", ["is unknown; the nearest known one is 'movies'", "'default', 'movies', 'prod"]),
-        ("zzz", ["'zzz' is unknown. Known: 'default'", "path of a text file"]),
+        ("zzz", ["'zzz' is unknown. Known: 'brief'", "path of a text file"]),
         ("nowhere/default.txt", ["cannot be read: No such file", "'default', 'movies'"]),
         ("none.txt", ["cannot be read: No such file"]),
         (".", ["cannot be read: Is a directory"]),
