@@ -9,7 +9,7 @@ import math
 import sys
 import types
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -139,6 +139,21 @@ def to_dict(config: Any) -> dict[str, Any]:
 def save(config: Any, path: Path) -> None:
     """Write a resolved configuration that `parse_as` reads back as `--config path`."""
     path.write_text(yaml.safe_dump(to_dict(config), sort_keys=False), encoding="utf-8")
+
+
+def flat(tree: dict[str, Any]) -> dict[str, Any]:
+    """Nested settings by dotted name."""
+    return dict(_flatten(tree))
+
+
+def differences(before: dict[str, Any], now: dict[str, Any], may_change: Collection[str]) -> str:
+    """Settings by dotted name that are others now, for an error message; empty: none is."""
+    other = [
+        f"{name} {before.get(name)!r} → {value!r}"
+        for name, value in now.items()
+        if name not in may_change and before.get(name) != value
+    ]
+    return ", ".join(other[:5]) + (f", … ({len(other)} in all)" if other[5:] else "")
 
 
 def _parser(cls: type, prog: str | None, default_file: Path | None) -> ArgumentParser:

@@ -132,31 +132,18 @@ def open_folder(folder: Path, config: FinetuneConfig, method: str) -> bool:
             "another --output, or delete it."
         )
     content = yaml.safe_load(known.read_text("utf-8"))
-    before = _flat(content if isinstance(content, dict) else {})
+    before = configuration.flat(content if isinstance(content, dict) else {})
     facts = folder / "environment.json"
     if facts.is_file():
         before["method"] = json.loads(facts.read_text("utf-8")).get("method")
-    now = _flat({"method": method, **configuration.to_dict(config)})
-    other = [
-        f"{name} {before.get(name)!r} → {value!r}"
-        for name, value in now.items()
-        if name not in _MAY_CHANGE and before.get(name) != value
-    ]
-    if other:
-        listed = ", ".join(other[:5]) + (f", … ({len(other)} in all)" if other[5:] else "")
+    now = configuration.flat({"method": method, **configuration.to_dict(config)})
+    listed = configuration.differences(before, now, _MAY_CHANGE)
+    if listed:
         raise ConfigError(
             f"output {folder} holds a training of other settings: {listed}. Choose another "
             "--output, or the same settings to go on."
         )
     return True
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in tree.items():
-        inner = _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else None
-        flat |= {prefix + name: value} if inner is None else inner
-    return flat
 
 
 def run(method: str, work: Method, mode: Mode, config: FinetuneConfig) -> dict[str, Any]:

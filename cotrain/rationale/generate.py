@@ -142,14 +142,9 @@ def open_folder(folder: Path, config: GenerateConfig) -> None:
             "another --output."
         )
     if known.is_file():
-        now, before = _flat(configuration.to_dict(config)), _settings_in(known)
-        other = [
-            f"{name} {before.get(name)!r} → {value!r}"
-            for name, value in now.items()
-            if name not in _MAY_CHANGE and before.get(name) != value
-        ]
-        if other:
-            listed = ", ".join(other[:5]) + (f", … ({len(other)} in all)" if other[5:] else "")
+        now, before = configuration.flat(configuration.to_dict(config)), _settings_in(known)
+        listed = configuration.differences(before, now, _MAY_CHANGE)
+        if listed:
             raise ConfigError(
                 f"output {folder} holds rationales of other settings: {listed}. Choose another "
                 "--output, or the same settings to go on."
@@ -169,16 +164,7 @@ def _settings_in(path: Path) -> dict[str, Any]:
             f"{path} holds no settings; expected those of the rationales beside it. Choose another "
             "--output."
         )
-    return _flat(tree)
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in tree.items():
-        flat |= (
-            _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-        )
-    return flat
+    return configuration.flat(tree)
 
 
 def make_writer(config: GenerateConfig, data: InteractionData) -> LocalWriter | EndpointWriter:
