@@ -82,8 +82,8 @@ class SftConfig:
     recognition_learning_rate: float = option(1e-3, "Peak in the first warm-up.", gt=0)
     popularity_rows: int = option(
         0,
-        "rank-sft: rows of a second warm-up, every other one with the most popular of six "
-        "candidates as the answer; for templates that show popularity.",
+        "rank-sft: rows of a second warm-up, every other one with its candidates by their "
+        "popularity as the answer; for templates that show popularity.",
         ge=0,
     )
     popularity_learning_rate: float = option(6e-4, "Peak in the second warm-up.", gt=0)
@@ -104,6 +104,12 @@ class SftConfig:
     max_grad_norm: float = option(1.0, "Gradient norm is clipped to this.", gt=0)
     eval_every_steps: int = option(
         25, "Steps between validations; each writes a checkpoint as well.", ge=1
+    )
+    best_by: Literal["nll", "ndcg@10"] = option(
+        "nll",
+        "Which validation counts as the best, in star and rl as well. nll: -log probability of the "
+        "true item, the smoother one, which sees overconfidence too; ndcg@10: the order alone, for "
+        "ranknet and listmle, whose logits are no probabilities.",
     )
     patience: int = option(4, "Validations without a better one before it stops.", ge=1)
     gradient_checkpointing: Literal["auto", "on", "off"] = option(
@@ -149,7 +155,7 @@ class StarConfig:
         "out of the example that is kept.",
     )
     min_gain: float = option(
-        0.0, "A round must gain more held-out NDCG@10 than this for another to follow.", ge=0
+        0.0, "A round must gain more than this, of sft.best_by, for another to follow.", ge=0
     )
 
 

@@ -52,7 +52,10 @@ class RandomPrompts(PromptBuilder):
             emitted=tuple((token,) for token in tokens),
         )
 
-    def build(self, history: Sequence[int], shown: Sequence[int]) -> list[int]:
+    def build(
+        self, history: Sequence[int], shown: Sequence[int], hint: int | None = None,
+        labels: Sequence[int] | None = None,
+    ) -> list[int]:  # fmt: skip
         """The prompt of the history's last item."""
         return self._prompts[history[-1] % len(self._prompts)]
 

@@ -135,7 +135,9 @@ def warm_up(context: Context) -> dict[str, Any]:
             context.ranker, context.examples.train, kind, count,
             context.data.popularity_levels, config.seed,
         )  # fmt: skip
-        once = replace(sft, learning_rate=rate, epochs=1, max_steps=None, patience=1000)
+        once = replace(
+            sft, learning_rate=rate, epochs=1, max_steps=None, patience=1000, best_by="nll"
+        )
         done = tune(
             context.adapter, objective, once, context.folder / kind, config.seed,
             context.accelerator,

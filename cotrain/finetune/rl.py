@@ -27,7 +27,7 @@ from cotrain.finetune.quality import Measured, measure
 from cotrain.finetune.rank_sft import check_one_step
 from cotrain.finetune.rollouts import Actor, Rollout, in_groups, mean_logits, measures
 from cotrain.finetune.run import Context, Outcome, Sample, check_verdicts, title_lines
-from cotrain.finetune.tuning import METRIC, Interrupted, set_checkpointing
+from cotrain.finetune.tuning import Interrupted, gain_of, set_checkpointing
 from cotrain.runtime import checkpoint
 from cotrain.runtime.interruption import StopRequest
 from cotrain.runtime.tracking import clock, progress_bar
@@ -229,7 +229,8 @@ class _Training:
         """Validation at the end, and the better of start and end."""
         progress = self.progress
         end = self.validate().summary()
-        worse = end[METRIC] < progress.start[METRIC]
+        metric = self.context.config.sft.best_by
+        worse = gain_of(end, progress.start, metric) < 0
         facts: dict[str, Any] = {
             "steps": progress.step,
             "best_step": 0 if worse else progress.step,
@@ -245,8 +246,8 @@ class _Training:
         if worse:
             self.adapter.load_state(self.start, "step 0")
             facts["kept"] = (
-                f"the adapter of the start: after {progress.step} steps the held-out {METRIC} is "
-                f"{end[METRIC]:.4f}, at the start it was {progress.start[METRIC]:.4f}"
+                f"the adapter of the start: after {progress.step} steps the held-out {metric} is "
+                f"{end[metric]:.4f}, at the start it was {progress.start[metric]:.4f}"
             )
             self.context.say(f"Kept: {facts['kept']}.")
         if progress.equal >= _PATIENCE:

@@ -29,7 +29,7 @@ from cotrain.finetune.examples import Example
 from cotrain.finetune.quality import measure
 from cotrain.finetune.rank_sft import check_one_step, ranked_samples
 from cotrain.finetune.run import Context, Outcome, Sample, title_lines
-from cotrain.finetune.tuning import METRIC, Interrupted, Progress, tune
+from cotrain.finetune.tuning import Interrupted, Progress, gain_of, tune
 from cotrain.runtime.interruption import StopRequest
 from cotrain.teacher.search import Thought
 
@@ -88,8 +88,8 @@ def star(context: Context) -> Outcome:
         found = {name: value for name, value in done.best.items() if name != "step"}
         rounds.append({"round": number, **facts, **found})
         samples += _samples(context, kept, number)
-        gain = found[METRIC] - best[METRIC]
-        context.say(f"Round {number}: held-out {_shown(found)}, {gain:+.4f}")
+        gain = gain_of(found, best, config.sft.best_by)
+        context.say(f"Round {number}: held-out {_shown(found)}; a gain of {gain:+.4f}")
         context.log.write({"kind": "validation", "step": number, **found})
         if gain > 0:
             best, best_state, best_round = found, adapter.state(), number

@@ -28,8 +28,6 @@ from cotrain.runtime.tracking import MetricsLog, progress_bar
 from cotrain.teacher.backbone import Backbone
 from cotrain.teacher.memory import is_out_of_memory, plan_micro_batches
 
-METRIC = "ndcg@10"
-
 
 class Interrupted(CotrainError):
     """The training was asked to stop and has written a checkpoint."""
@@ -51,8 +49,14 @@ class Objective(Protocol):
         ...
 
     def validate(self, progress: str | None) -> dict[str, float]:
-        """Measures on held-out users, `ndcg@10` among them; the higher the better."""
+        """Measures on held-out users, the `sft.best_by` among them."""
         ...
+
+
+def gain_of(found: dict[str, float], before: dict[str, float], metric: str) -> float:
+    """How much better a validation is than another: by a lower nll, by a higher NDCG."""
+    gain = found[metric] - before[metric]
+    return -gain if metric == "nll" else gain
 
 
 @dataclass
@@ -265,7 +269,7 @@ class _Loop:
         found = self.objective.validate("validating" if main else None)
         row = {"step": float(progress.step), **found}
         progress.validations.append(row)
-        if not progress.best or found[METRIC] > progress.best[METRIC]:
+        if not progress.best or gain_of(found, progress.best, self.settings.best_by) > 0:
             progress.best, progress.since_best = row, 0
             self.best_state = self.adapter.state()
         else:

@@ -1,13 +1,14 @@
-"""Two warm-ups for a small model, with a few candidates each, whose answers are known for certain:
-what a label is, and what popularity is worth.
+"""Two warm-ups for a small model, whose answers are known for certain: what a label is, and what
+popularity is worth.
 
 A small language model does not connect a label with what stands beside it. Trained on the student's
 candidates alone, SmolLM2-135M still gave every label the same after 500 rows, and after 400 rows of
 what was taken among others drawn evenly: a row of recommendation says little (the popularity of the
 student's candidates makes the right one likelier by .04 nats), and nothing of it arrives before
-labels are understood. Where the answer is certain it does. Recognition asks for the label of the
-one candidate that stands in the history as well; popularity for the most popular one, in every
-other row, so that recognition is not lost on the way.
+labels are understood. Where the answer is certain it does. Recognition asks, among six, for the
+label of the one candidate that stands in the history as well. Popularity shows a row's own
+candidates and wants a probability that doubles with each level; every other row is one of
+recognition, so that it is not lost on the way.
 """
 
 from collections.abc import Sequence
@@ -29,29 +30,29 @@ Kind = Literal["recognition", "popularity"]
 
 @dataclass(frozen=True)
 class WarmUpRow:
-    """A prompt with a few candidates.
+    """A prompt and the probabilities of its answer.
 
     Attributes:
         tokens: Up to the answer prefix.
-        labels: Which identifiers they have.
-        right: Place of the one that is the answer.
+        labels: Which identifiers the candidates have.
+        target: Probability of each.
         kind: What was asked for.
     """
 
     tokens: list[int]
     labels: tuple[int, ...]
-    right: int
+    target: tuple[float, ...]
     kind: Kind
 
 
 class WarmUpObjective:
-    """Rows with one answer among a few candidates, no two of which are equally popular.
+    """Rows whose answer follows from the prompt.
 
     Args:
         ranker: Whose prompts are trained; of a mode that ends its prompts where the label is due.
-        rows: Give the histories.
-        kind: `recognition`: an item of the history that is shown. `popularity`: in every other row
-            the most popular candidate, none of which is in the history then.
+        rows: Give the histories, and the candidates of `popularity`.
+        kind: `recognition`: an item of the history, among others that are not. `popularity`: in
+            every other row the candidates by their popularity.
         count: Rows to make of them.
         levels: (V,) popularity of each item index.
         seed: Of the draws.
@@ -80,20 +81,31 @@ class WarmUpObjective:
         return self.count
 
     def encode(self, row: int, epoch: int) -> WarmUpRow:
+        """Candidates in a drawn order."""
+        draw = np.random.default_rng((self.seed, 24, epoch, row))
+        if self.kind == "popularity" and row % 2:
+            return self._popularity(self.rows[row // 2 % len(self.rows)], draw)
+        return self._recognition(self.rows[row % len(self.rows)], draw)
+
+    def _popularity(self, row: Example, draw: np.random.Generator) -> WarmUpRow:
+        shown = draw.permutation(row.candidates)
+        worth = 2.0 ** self.levels[shown]
+        tokens = self.ranker.prompts.build(row.history, shown.tolist())
+        labels = tuple(range(len(shown)))
+        return WarmUpRow(tokens, labels, tuple((worth / worth.sum()).tolist()), "popularity")
+
+    def _recognition(self, row: Example, draw: np.random.Generator) -> WarmUpRow:
         """Candidates of different popularity, none of the history but the answer, under drawn
         labels."""
-        draw = np.random.default_rng((self.seed, 24, epoch, row))
-        kind: Kind = "popularity" if self.kind == "popularity" and row % 2 else "recognition"
         prompts = self.ranker.prompts
-        history = self.rows[row % len(self.rows)].history[-prompts.history_length :]
+        history = row.history[-prompts.history_length :]
         shown = self._draw(history, min(CANDIDATES, prompts.num_shown), draw)
-        right = int(np.argmax(self.levels[shown]))
-        if kind == "recognition":
-            right = int(draw.integers(len(shown)))
-            shown[right] = history[int(draw.integers(len(history)))]
-        labels = np.sort(draw.permutation(prompts.num_shown)[: len(shown)])
-        tokens = prompts.build(history, shown, labels=labels.tolist())
-        return WarmUpRow(tokens, tuple(labels.tolist()), right, kind)
+        right = int(draw.integers(len(shown)))
+        shown[right] = history[int(draw.integers(len(history)))]
+        labels = np.sort(draw.permutation(prompts.num_shown)[: len(shown)]).tolist()
+        tokens = prompts.build(history, shown, labels=labels)
+        target = tuple(float(place == right) for place in range(len(shown)))
+        return WarmUpRow(tokens, tuple(labels), target, "recognition")
 
     def _draw(self, history: Sequence[int], size: int, draw: np.random.Generator) -> list[int]:
         """Items that are not in the history, of as many levels as there are."""
@@ -106,27 +118,37 @@ class WarmUpObjective:
         return items
 
     def loss_sum(self, encoded: Sequence[WarmUpRow]) -> Tensor:
-        """Cross-entropy among the labels that are shown."""
-        logits = self._logits(encoded)
-        right = torch.tensor([row.right for row in encoded], device=logits.device)
-        return torch.nn.functional.cross_entropy(logits, right, reduction="sum")
+        """Divergence of the labels' probabilities from the target, 0 at best."""
+        return torch.stack([self._divergence(*each) for each in self._read(encoded)]).sum()
 
     @torch.no_grad()
     def validate(self, progress: str | None) -> dict[str, float]:
-        """How often the right label is first, over 64 rows that are not trained on; of the kind
-        that is new."""
+        """Divergence, how often a label is first that should be, and the share of pairs in their
+        right order, over 64 rows of the kind that is new, which are not trained on."""
         encoded = [self.encode(row, 2**31) for row in range(128)]
         encoded = [row for row in encoded if row.kind == self.kind][:64]
-        right = []
+        losses, first, pairs = [], [], []
         for start in range(0, len(encoded), 8):
-            part = encoded[start : start + 8]
-            logits = self._logits(part)
-            own = logits[torch.arange(len(part)), [row.right for row in part]]
-            right += ((logits >= own[:, None]).sum(1) == 1).tolist()
-        accuracy = float(np.mean(right))
-        return {"accuracy@1": accuracy, "ndcg@10": accuracy}
+            for row, logits in self._read(encoded[start : start + 8]):
+                target = torch.tensor(row.target, device=logits.device)
+                losses.append(float(self._divergence(row, logits)))
+                best = logits == logits.max()
+                first.append(bool((target[best] == target.max()).all()))
+                apart = target[:, None] > target[None, :]
+                pairs.append(float((logits[:, None] > logits[None, :])[apart].float().mean()))
+        return {
+            "nll": float(np.mean(losses)),
+            "accuracy@1": float(np.mean(first)),
+            "concordance": float(np.nanmean(pairs)),
+        }
 
-    def _logits(self, encoded: Sequence[WarmUpRow]) -> Tensor:
+    @staticmethod
+    def _divergence(row: WarmUpRow, logits: Tensor) -> Tensor:
+        target = torch.tensor(row.target, device=logits.device)
+        return torch.nn.functional.kl_div(logits.log_softmax(0), target, reduction="sum")
+
+    def _read(self, encoded: Sequence[WarmUpRow]) -> list[tuple[WarmUpRow, Tensor]]:
+        """Each row with the logits of its labels."""
         first = self.ranker.prompts.identifiers.first_tokens
         logits = identifier_logits(self.ranker.backbone, [row.tokens for row in encoded], first)
-        return logits.gather(1, torch.tensor([row.labels for row in encoded]).to(logits.device))
+        return [(row, own[list(row.labels)]) for row, own in zip(encoded, logits, strict=True)]

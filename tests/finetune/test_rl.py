@@ -479,7 +479,7 @@ def test_a_loss_that_is_no_number_ends_it_with_the_adapter_saved(
 def test_the_start_is_kept_where_the_end_is_worse(
     prepared: Prepare, uneven: None, monkeypatch: pytest.MonkeyPatch
 ):
-    context = prepared("--rl.steps", "1")
+    context = prepared("--rl.steps", "1", "--sft.best_by", "ndcg@10")
     before, measure, asked = context.adapter.state(), module.measure, []
 
     def worse_each_time(*arguments: Any, **options: Any) -> Measured:

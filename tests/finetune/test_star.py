@@ -24,7 +24,7 @@ from cotrain.finetune.cot_sft import CotObjective
 from cotrain.finetune.examples import Example
 from cotrain.finetune.run import Context, Outcome
 from cotrain.finetune.star import Kept, star
-from cotrain.finetune.tuning import METRIC, Interrupted, Progress
+from cotrain.finetune.tuning import Interrupted, Progress
 from cotrain.runtime import checkpoint, tracking
 from cotrain.teacher import backbone as backbones
 from cotrain.teacher.backbone import Backbone
@@ -85,7 +85,7 @@ def train(tiny_teacher: str, small_tables: tuple[Path, Path]) -> Train:
                 "--examples.candidates", "random", "--examples.rows", "6",
                 "--examples.validation_rows", "3", "--lora.rank", "4", "--lora.modules",
                 "attention", "--star.samples", "2", "--star.rounds", "2", "--sft.epochs", "1",
-                "--sft.batch_size", "2", "--sft.learning_rate", "0.01", "--sft.lr_warmup_steps",
+                "--sft.batch_size", "2", "--sft.learning_rate", "0.002", "--sft.lr_warmup_steps",
                 "0", "--output", str(folder),
             ],
         )  # fmt: skip
@@ -103,7 +103,7 @@ def train(tiny_teacher: str, small_tables: tuple[Path, Path]) -> Train:
         def watched_fit(adapter: Any, objective: Any, *rest: Any) -> Progress:
             seen.objectives.append(objective)
             done = fit(adapter, objective, *rest)
-            return replace(done, best={**done.best, METRIC: 1.0 + len(seen.objectives)})
+            return replace(done, best={**done.best, "nll": 1.0 / len(seen.objectives)})
 
         def work(context: Context) -> Outcome:
             seen.context = context
@@ -272,7 +272,8 @@ def test_without_a_gain_it_ends_as_it_began(
         asked.append(len(objective))
         for value in adapter.parameters.values():
             value.data += 1
-        return Progress(step=3, best={"step": 3.0, METRIC: 0.0, "accuracy@1": 0.0, "mrr": 0.1})
+        best = {"step": 3.0, "nll": 99.0, "ndcg@10": 0.9, "accuracy@1": 0.0, "mrr": 0.1}
+        return Progress(step=3, best=best)
 
     monkeypatch.setattr(module, "tune", worse)
     outcome = star(context)

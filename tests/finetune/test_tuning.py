@@ -379,21 +379,33 @@ def with_metrics(training: Training, values: Sequence[float]) -> list[dict[str, 
 
     def validate(progress: str | None) -> dict[str, float]:
         states.append(training.adapter.state())
-        return {"ndcg@10": next(said)}
+        return {"nll": next(said)}
 
     training.objective.validate = validate
     return states
+
+
+@pytest.mark.parametrize(("best_by", "step"), [("nll", 2), ("ndcg@10", 1)])
+def test_the_best_step_is_that_of_the_measure_asked_for(begin: Begin, best_by: Any, step: int):
+    training = begin()
+    said = iter([(3.0, 0.2), (2.0, 0.4), (1.0, 0.3)])
+    training.objective.validate = lambda progress: dict(
+        zip(("nll", "ndcg@10"), next(said), strict=True)
+    )
+    changes: dict[str, Any] = {"best_by": best_by, "eval_every_steps": 1, "max_steps": 2}
+    progress = training.run(SftConfig(**{**vars(SETTINGS), **changes}))
+    assert progress.best["step"] == step
 
 
 def test_patience_ends_it_and_the_best_weights_come_back(begin: Begin):
     training = begin()
     settings = SftConfig(**{**vars(SETTINGS), "eval_every_steps": 2, "patience": 2})
     # A tie is not better.
-    states = with_metrics(training, [0.1, 0.3, 0.2, 0.5, 0.5, 0.4, 0.9])
+    states = with_metrics(training, [0.9, 0.7, 0.8, 0.5, 0.5, 0.6, 0.1])
     progress = training.run(settings)
     assert progress.step == 10
-    assert [row["ndcg@10"] for row in progress.validations] == [0.1, 0.3, 0.2, 0.5, 0.5, 0.4]
-    assert progress.best == {"step": 6.0, "ndcg@10": 0.5}
+    assert [row["nll"] for row in progress.validations] == [0.9, 0.7, 0.8, 0.5, 0.5, 0.6]
+    assert progress.best == {"step": 6.0, "nll": 0.5}
     assert progress.since_best == 2
     assert same(training.adapter.state(), states[3], 0)
     assert not same(states[-1], states[3])
@@ -403,7 +415,7 @@ def test_patience_ends_it_and_the_best_weights_come_back(begin: Begin):
 def test_a_training_that_only_harms_ends_where_it_started(begin: Begin):
     training = begin()
     settings = SftConfig(**{**vars(SETTINGS), "eval_every_steps": 2, "patience": 3})
-    states = with_metrics(training, [0.5, 0.4, 0.3, 0.2])
+    states = with_metrics(training, [0.5, 0.6, 0.7, 0.8])
     progress = training.run(settings)
     assert progress.best == progress.start
     assert progress.step == 6

@@ -26,7 +26,10 @@ from cotrain.teacher.ranker import RankLLM
 Make = Callable[..., WarmUpObjective]
 LETTERS = "ABCDEFGHIJ"
 HISTORIES = [(1, 50, 3, 4, 5), (9, 100, 200), (42,)]
-ROWS = [Example(user, 3, items, (1, 2), (1.0, 0.0), 1) for user, items in enumerate(HISTORIES)]
+CHOICES = (1, 2, 300, 50, 1200, 700, 1600, 181)
+ROWS = [
+    Example(user, 3, items, CHOICES, (1.0,) + (0.0,) * 7, 1) for user, items in enumerate(HISTORIES)
+]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -81,9 +84,10 @@ def test_only_the_right_labels_title_is_in_the_history_that_is_shown(
             assert len(shown) == len(encoded.labels) == min(CANDIDATES, num_candidates)
             assert list(shown) == [LETTERS[label] for label in encoded.labels]
             own = [shown[LETTERS[label]] in past for label in encoded.labels]
-            assert own == [place == encoded.right for place in range(len(own))]
-            rights[shown[LETTERS[encoded.labels[encoded.right]]]] += 1
-            places[encoded.right] += 1
+            assert tuple(map(float, own)) == encoded.target
+            right = encoded.target.index(1)
+            rights[shown[LETTERS[encoded.labels[right]]]] += 1
+            places[right] += 1
             labels.update(encoded.labels)
     # Any of the titles shown, at any place, under any label.
     assert len(rights) == 7
@@ -91,17 +95,26 @@ def test_only_the_right_labels_title_is_in_the_history_that_is_shown(
     assert set(labels) == set(range(num_candidates))
 
 
-def test_every_other_row_asks_for_the_most_popular_one(make: Make, ml100k: InteractionData):
+def test_every_other_row_asks_for_its_candidates_by_popularity(make: Make):
     objective = make(kind="popularity", template="brief-popularity")
-    for row in range(6):
+    orders = set()
+    for row in range(12):
         encoded = objective.encode(row, 0)
         text = str(objective.ranker.prompts.tokenizer.decode(encoded.tokens))
-        shown = re.findall(r"^.*, (\d) \[[A-Z]\]", text, re.MULTILINE)
-        assert len(shown) == CANDIDATES
+        shown = re.findall(r"^(.*), (\d) \[([A-Z])\]", text, re.MULTILINE)
         assert encoded.kind == ("popularity" if row % 2 else "recognition")
-        if row % 2:
-            assert len(set(shown)) == CANDIDATES
-            assert shown[encoded.right] == max(shown)
+        assert len(shown) == len(CHOICES if row % 2 else range(CANDIDATES))
+        if not row % 2:
+            assert sorted(encoded.target) == [0.0] * (CANDIDATES - 1) + [1.0]
+            continue
+        orders.add(tuple(title for title, _, _ in shown))
+        assert [label for _, _, label in shown] == list(LETTERS[: len(CHOICES)])
+        assert sum(encoded.target) == pytest.approx(1)
+        # One level more is twice as likely.
+        worth = [2.0 ** int(level) for _, level, _ in shown]
+        assert encoded.target == pytest.approx([each / sum(worth) for each in worth])
+    assert len(orders) > 3
+    assert len({title for order in orders for title in order}) == len(CHOICES)
 
 
 def test_popularity_that_is_not_shown_cannot_be_learned(make: Make):
@@ -128,7 +141,7 @@ def test_the_loss_is_that_of_the_models_own_logits_among_the_labels_shown(make: 
         with torch.no_grad():
             logits = model(torch.tensor([row.tokens])).logits[0, -1]
         shown = logits[[tokens[label] for label in row.labels]]
-        expected.append(float(F.cross_entropy(shown, torch.tensor(row.right))))
+        expected.append(float(F.cross_entropy(shown, torch.tensor(row.target))))
     assert float(objective.loss_sum(encoded)) == pytest.approx(sum(expected), rel=1e-4)
     assert float(objective.loss_sum(encoded[2:3])) == pytest.approx(expected[2], rel=1e-4)
 
@@ -141,20 +154,35 @@ def test_gradients_reach_the_adapter(make: Make):
     assert sum(float(grad.norm()) for grad in grads if grad is not None) > 1e-3
 
 
-@pytest.mark.parametrize(("knows", "accuracy"), [(1.0, 1.0), (0.0, 0.0), (-1.0, 0.0)])
+def test_what_is_perfect_has_no_loss(make: Make, monkeypatch: pytest.MonkeyPatch):
+    objective = make(kind="popularity", template="brief-popularity")
+    encoded = [objective.encode(row, 0) for row in range(1, 6, 2)]
+
+    def planted(rows: list[WarmUpRow]) -> list[tuple[WarmUpRow, Tensor]]:
+        return [(row, torch.tensor(row.target).log() + 3) for row in rows]
+
+    monkeypatch.setattr(objective, "_read", planted)
+    assert float(objective.loss_sum(encoded)) == pytest.approx(0, abs=1e-5)
+    found = objective.validate(None)
+    assert found == pytest.approx({"nll": 0, "accuracy@1": 1, "concordance": 1}, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("knows", "accuracy", "concordance"), [(1.0, 1.0, 1.0), (0.0, 0.0, 0.0), (-1.0, 0.0, 0.0)]
+)
 def test_validation_counts_ties_against_the_teacher(
-    make: Make, monkeypatch: pytest.MonkeyPatch, knows: float, accuracy: float
+    make: Make, monkeypatch: pytest.MonkeyPatch, knows: float, accuracy: float, concordance: float
 ):
     objective, seen = make(), []
 
-    def planted(encoded: list[WarmUpRow]) -> Tensor:
+    def planted(encoded: list[WarmUpRow]) -> list[tuple[WarmUpRow, Tensor]]:
         seen.extend(tuple(row.tokens) for row in encoded)
-        logits = torch.zeros(len(encoded), CANDIDATES)
-        logits[torch.arange(len(encoded)), [row.right for row in encoded]] = knows
-        return logits
+        return [(row, knows * torch.tensor(row.target)) for row in encoded]
 
-    monkeypatch.setattr(objective, "_logits", planted)
-    assert objective.validate(None) == {"accuracy@1": accuracy, "ndcg@10": accuracy}
+    monkeypatch.setattr(objective, "_read", planted)
+    found = objective.validate(None)
+    assert found["accuracy@1"] == accuracy
+    assert found["concordance"] == concordance
     trained = {tuple(objective.encode(row, epoch).tokens) for row in range(7) for epoch in range(3)}
     assert len(set(seen)) == 64
     assert not trained & set(seen)
