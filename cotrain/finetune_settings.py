@@ -82,11 +82,19 @@ class SftConfig:
     recognition_learning_rate: float = option(1e-3, "Peak in the first warm-up.", gt=0)
     popularity_rows: int = option(
         0,
-        "rank-sft: rows of a second warm-up, every other one with its candidates by their "
-        "popularity as the answer; for templates that show popularity.",
+        "rank-sft: rows of a second warm-up, every other one with the most popular of six "
+        "candidates as the answer; for templates that show popularity.",
         ge=0,
     )
-    popularity_learning_rate: float = option(6e-4, "Peak in the second warm-up.", gt=0)
+    order_rows: int = option(
+        0,
+        "rank-sft: rows of a third warm-up, every other one with all its candidates by their "
+        "popularity as the answer.",
+        ge=0,
+    )
+    popularity_learning_rate: float = option(
+        6e-4, "Peak in the second and the third warm-up.", gt=0
+    )
     epochs: int = option(2, "Passes over the rows; candidates are shuffled anew in each.", ge=1)
     max_steps: int | None = option(None, "Stop after this many steps; none: no cap.", ge=1)
     batch_size: int = option(16, "Rows an optimizer step, over all processes.", ge=1)

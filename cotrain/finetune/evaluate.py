@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import polars as pl
 import torch
 
 from cotrain import config as configuration
@@ -21,6 +20,7 @@ from cotrain.data.interactions import InteractionData, load_interactions
 from cotrain.errors import ConfigError, DataError
 from cotrain.evaluation.compare import paired_bootstrap
 from cotrain.evaluation.metrics import per_user_metric
+from cotrain.finetune.evaluated_rows import read_rows, write_rows
 from cotrain.finetune.examples import (
     Example,
     held_out_users,
@@ -40,7 +40,6 @@ from cotrain.teacher.ranker import RankLLM
 from cotrain.teacher.tokenizer import load_tokenizer
 
 METRICS = ("accuracy@1", "ndcg@10", "mrr")
-_ROWS = "rows.parquet"
 _COUNT = r"([1-9]\d*)"
 _SEARCH = re.compile(f"greedy|sc{_COUNT}|tree{_COUNT}x{_COUNT}x{_COUNT}")
 
@@ -94,7 +93,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     report, samples = make_report(config, data, rows, looked_at, found, student, before)
     folder.mkdir(parents=True, exist_ok=True)
     measured = next(iter(found.values()))[0]
-    write_rows(folder / _ROWS, data, rows, measured, student)
+    write_rows(folder, data, rows, measured, student)
     page = write_report(report, samples, configuration.to_dict(config), [], folder)
     say(report)
     print(f"\nReport: {page}")
@@ -387,56 +386,6 @@ def _samples(
             lines.insert(1, f"Reasoning: {measured.verdict.reasonings[place]}")
         samples.append(Sample(f"Row {place + 1}", lines))
     return samples
-
-
-# ---- rows on disk -------------------------------------------------------------------------------
-
-
-def write_rows(
-    path: Path, data: InteractionData, rows: Sequence[Example], measured: Measured,
-    student: Recommender | None,
-) -> None:  # fmt: skip
-    """One line a row, for comparisons of one's own and `measure.against`."""
-    places = torch.from_numpy(measured.places)
-    table = pl.DataFrame(
-        {
-            "user_id": pl.Series([data.user_ids[row.user] for row in rows]),
-            "item_id": pl.Series([data.catalog.item_ids[row.target] for row in rows]),
-            "teacher_rank": measured.ranks,
-            "student_rank": None if student is None else measured.places + 1,
-            "probability": measured.probs[torch.arange(len(places)), places].numpy(),
-            "valid": measured.verdict.valid.numpy(),
-        }
-    )
-    table.write_parquet(path)
-
-
-def read_rows(
-    folder: Path, rows: Sequence[Example], data: InteractionData
-) -> dict[str, np.ndarray]:
-    """What another evaluation found on these rows, in their order.
-
-    Raises:
-        DataError: It is not there, or was of other rows.
-    """
-    path = folder.expanduser() / _ROWS
-    try:
-        table = pl.read_parquet(path)
-        users, items, ranks = (table[name] for name in ("user_id", "item_id", "teacher_rank"))
-    except (OSError, pl.exceptions.PolarsError) as error:
-        raise DataError(
-            f"measure.against {folder} cannot be read: {error}. Expected the folder of an "
-            "evaluation by scripts/evaluate.py teacher."
-        ) from error
-    known = {(user, item): rank for user, item, rank in zip(users, items, ranks, strict=True)}
-    keys = [(data.user_ids[row.user], data.catalog.item_ids[row.target]) for row in rows]
-    missing = sum(key not in known for key in keys)
-    if missing:
-        raise DataError(
-            f"measure.against {folder} lacks {missing:,} of these {len(keys):,} rows. Expected an "
-            "evaluation with the same data, examples.student, measure.users, measure.rows and seed."
-        )
-    return {"teacher_rank": np.array([known[key] for key in keys], np.int64)}
 
 
 def say(report: dict[str, Any]) -> None:

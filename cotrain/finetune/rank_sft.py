@@ -126,6 +126,7 @@ def warm_up(context: Context) -> dict[str, Any]:
     kinds: list[tuple[Kind, int, float]] = [
         ("recognition", sft.recognition_rows, sft.recognition_learning_rate),
         ("popularity", sft.popularity_rows, sft.popularity_learning_rate),
+        ("order", sft.order_rows, sft.popularity_learning_rate),
     ]
     for kind, count, rate in kinds:
         if not count:
@@ -144,8 +145,8 @@ def warm_up(context: Context) -> dict[str, Any]:
         )  # fmt: skip
         found[kind] = {
             "rows": done.rows,
-            "accuracy_before": done.start["accuracy@1"],
-            "accuracy_after": done.best["accuracy@1"],
+            "before": {name: done.start[name] for name in ("nll", "accuracy@1", "concordance")},
+            "after": {name: done.best[name] for name in ("nll", "accuracy@1", "concordance")},
             "seconds": round(done.seconds, 1),
         }
     return found

@@ -1,14 +1,15 @@
-"""Two warm-ups for a small model, whose answers are known for certain: what a label is, and what
-popularity is worth.
+"""Warm-ups for a small model, whose answers are known for certain: what a label is, what popularity
+is, and what it is worth among a row's own candidates.
 
 A small language model does not connect a label with what stands beside it. Trained on the student's
 candidates alone, SmolLM2-135M still gave every label the same after 500 rows, and after 400 rows of
 what was taken among others drawn evenly: a row of recommendation says little (the popularity of the
 student's candidates makes the right one likelier by .04 nats), and nothing of it arrives before
 labels are understood. Where the answer is certain it does. Recognition asks, among six, for the
-label of the one candidate that stands in the history as well. Popularity shows a row's own
-candidates and wants a probability that doubles with each level; every other row is one of
-recognition, so that it is not lost on the way.
+label of the one candidate that stands in the history as well; popularity for the most popular of
+six. Order shows a row's own candidates and wants a probability that doubles with each level of
+popularity. After the first, every other row is one of recognition, so that it is not lost on the
+way.
 """
 
 from collections.abc import Sequence
@@ -25,7 +26,7 @@ from cotrain.finetune.forward import identifier_logits
 from cotrain.teacher.ranker import RankLLM
 
 CANDIDATES = 6
-Kind = Literal["recognition", "popularity"]
+Kind = Literal["recognition", "popularity", "order"]
 
 
 @dataclass(frozen=True)
@@ -50,9 +51,9 @@ class WarmUpObjective:
 
     Args:
         ranker: Whose prompts are trained; of a mode that ends its prompts where the label is due.
-        rows: Give the histories, and the candidates of `popularity`.
-        kind: `recognition`: an item of the history, among others that are not. `popularity`: in
-            every other row the candidates by their popularity.
+        rows: Give the histories, and the candidates of `order`.
+        kind: `recognition`: an item of the history, among others that are not. In every other row,
+            `popularity`: the most popular of a few, `order`: all candidates by their popularity.
         count: Rows to make of them.
         levels: (V,) popularity of each item index.
         seed: Of the draws.
@@ -65,11 +66,11 @@ class WarmUpObjective:
         self, ranker: RankLLM, rows: Sequence[Example], kind: Kind, count: int,
         levels: np.ndarray, seed: int,
     ):  # fmt: skip
-        if kind == "popularity" and not ranker.prompts.shows_popularity:
+        if kind != "recognition" and not ranker.prompts.shows_popularity:
             raise ConfigError(
-                f"sft.popularity_rows is above 0, but the template {ranker.settings.template} does "
+                f"sft.{kind}_rows is above 0, but the template {ranker.settings.template} does "
                 "not show how popular a candidate is. Set teacher.template brief-popularity, or "
-                "sft.popularity_rows 0."
+                f"sft.{kind}_rows 0."
             )
         self.ranker, self.rows, self.kind, self.count = ranker, rows, kind, count
         self.levels, self.seed = levels, seed
@@ -83,29 +84,32 @@ class WarmUpObjective:
     def encode(self, row: int, epoch: int) -> WarmUpRow:
         """Candidates in a drawn order."""
         draw = np.random.default_rng((self.seed, 24, epoch, row))
-        if self.kind == "popularity" and row % 2:
-            return self._popularity(self.rows[row // 2 % len(self.rows)], draw)
-        return self._recognition(self.rows[row % len(self.rows)], draw)
+        if self.kind == "order" and row % 2:
+            return self._order(self.rows[row // 2 % len(self.rows)], draw)
+        kind = self.kind if row % 2 else "recognition"
+        return self._one_of_a_few(self.rows[row % len(self.rows)], kind, draw)
 
-    def _popularity(self, row: Example, draw: np.random.Generator) -> WarmUpRow:
+    def _order(self, row: Example, draw: np.random.Generator) -> WarmUpRow:
         shown = draw.permutation(row.candidates)
         worth = 2.0 ** self.levels[shown]
         tokens = self.ranker.prompts.build(row.history, shown.tolist())
         labels = tuple(range(len(shown)))
-        return WarmUpRow(tokens, labels, tuple((worth / worth.sum()).tolist()), "popularity")
+        return WarmUpRow(tokens, labels, tuple((worth / worth.sum()).tolist()), "order")
 
-    def _recognition(self, row: Example, draw: np.random.Generator) -> WarmUpRow:
-        """Candidates of different popularity, none of the history but the answer, under drawn
-        labels."""
+    def _one_of_a_few(self, row: Example, kind: Kind, draw: np.random.Generator) -> WarmUpRow:
+        """Candidates of different popularity, none of the history but what is to be recognised,
+        under drawn labels."""
         prompts = self.ranker.prompts
         history = row.history[-prompts.history_length :]
         shown = self._draw(history, min(CANDIDATES, prompts.num_shown), draw)
-        right = int(draw.integers(len(shown)))
-        shown[right] = history[int(draw.integers(len(history)))]
+        right = int(np.argmax(self.levels[shown]))
+        if kind == "recognition":
+            right = int(draw.integers(len(shown)))
+            shown[right] = history[int(draw.integers(len(history)))]
         labels = np.sort(draw.permutation(prompts.num_shown)[: len(shown)]).tolist()
         tokens = prompts.build(history, shown, labels=labels)
         target = tuple(float(place == right) for place in range(len(shown)))
-        return WarmUpRow(tokens, tuple(labels), target, "recognition")
+        return WarmUpRow(tokens, tuple(labels), target, kind)
 
     def _draw(self, history: Sequence[int], size: int, draw: np.random.Generator) -> list[int]:
         """Items that are not in the history, of as many levels as there are."""

@@ -95,31 +95,37 @@ def test_only_the_right_labels_title_is_in_the_history_that_is_shown(
     assert set(labels) == set(range(num_candidates))
 
 
-def test_every_other_row_asks_for_its_candidates_by_popularity(make: Make):
-    objective = make(kind="popularity", template="brief-popularity")
+@pytest.mark.parametrize("kind", ["popularity", "order"])
+def test_every_other_row_asks_for_popularity(make: Make, kind: str):
+    objective = make(kind=kind, template="brief-popularity")
     orders = set()
     for row in range(12):
         encoded = objective.encode(row, 0)
         text = str(objective.ranker.prompts.tokenizer.decode(encoded.tokens))
         shown = re.findall(r"^(.*), (\d) \[([A-Z])\]", text, re.MULTILINE)
-        assert encoded.kind == ("popularity" if row % 2 else "recognition")
-        assert len(shown) == len(CHOICES if row % 2 else range(CANDIDATES))
-        if not row % 2:
+        assert encoded.kind == (kind if row % 2 else "recognition")
+        assert len(shown) == (len(CHOICES) if encoded.kind == "order" else CANDIDATES)
+        levels = [int(level) for _, level, _ in shown]
+        if encoded.kind == "order":
+            orders.add(tuple(title for title, _, _ in shown))
+            assert [label for _, _, label in shown] == list(LETTERS[: len(CHOICES)])
+            # One level more is twice as likely.
+            worth = [2.0**level for level in levels]
+            assert encoded.target == pytest.approx([each / sum(worth) for each in worth])
+        else:
             assert sorted(encoded.target) == [0.0] * (CANDIDATES - 1) + [1.0]
-            continue
-        orders.add(tuple(title for title, _, _ in shown))
-        assert [label for _, _, label in shown] == list(LETTERS[: len(CHOICES)])
-        assert sum(encoded.target) == pytest.approx(1)
-        # One level more is twice as likely.
-        worth = [2.0 ** int(level) for _, level, _ in shown]
-        assert encoded.target == pytest.approx([each / sum(worth) for each in worth])
-    assert len(orders) > 3
-    assert len({title for order in orders for title in order}) == len(CHOICES)
+        if encoded.kind == "popularity":
+            assert len(set(levels)) == CANDIDATES
+            assert levels[encoded.target.index(1)] == max(levels)
+    if kind == "order":
+        assert len(orders) > 3
+        assert len({title for order in orders for title in order}) == len(CHOICES)
 
 
-def test_popularity_that_is_not_shown_cannot_be_learned(make: Make):
-    with pytest.raises(ConfigError, match=r"template brief does not.*brief-popularity"):
-        make(kind="popularity")
+@pytest.mark.parametrize("kind", ["popularity", "order"])
+def test_popularity_that_is_not_shown_cannot_be_learned(make: Make, kind: str):
+    with pytest.raises(ConfigError, match=rf"{kind}_rows.*template brief does not.*popularity"):
+        make(kind=kind)
 
 
 def test_rows_are_others_in_each_epoch_and_the_same_again(make: Make):
@@ -155,7 +161,7 @@ def test_gradients_reach_the_adapter(make: Make):
 
 
 def test_what_is_perfect_has_no_loss(make: Make, monkeypatch: pytest.MonkeyPatch):
-    objective = make(kind="popularity", template="brief-popularity")
+    objective = make(kind="order", template="brief-popularity")
     encoded = [objective.encode(row, 0) for row in range(1, 6, 2)]
 
     def planted(rows: list[WarmUpRow]) -> list[tuple[WarmUpRow, Tensor]]:
