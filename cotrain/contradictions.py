@@ -34,6 +34,11 @@ def contradictions(config: Any) -> list[str]:
             f"distill.lambda_rdr is {config.distill.lambda_rdr}, but distill.rationales is none; "
             "name the folder that scripts/encode_rationales.py wrote, or set it to 0."
         )
+    if config.distill.lambda_rank == "auto" and config.distill.audit == "off":
+        problems.append(
+            "distill.lambda_rank is auto, but distill.audit is off, which it follows; set "
+            "distill.audit warn, or a number for distill.lambda_rank."
+        )
     if config.student.item_text == "teacher" and config.teacher.model is None:
         problems.append(
             "student.item_text is teacher, but teacher.model is none; name a sentence encoder, or "

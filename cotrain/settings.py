@@ -225,7 +225,12 @@ class TeacherConfig:
 class DistillConfig:
     """How the teacher's verdict enters the student's loss."""
 
-    lambda_rank: float = option(0.1, "Weight of the ranking loss (ListNet).", ge=0)
+    lambda_rank: float | Literal["auto"] = option(
+        0.1,
+        "Weight of the ranking loss (ListNet). auto: 2.5 times the relative gain in NDCG@10 of the "
+        "blend that the audit finds, at most 0.5; 0 where it finds none.",
+        ge=0,
+    )
     lambda_emb: float = option(0.001, "Weight of the decision-state alignment loss.", ge=0)
     student_temperature: float = option(
         1.0, "τ_s: the student's candidate scores are divided by it.", gt=0
@@ -240,6 +245,18 @@ class DistillConfig:
         "entropy",
         "Weight of a row's verdict. entropy: 1 − H(Q) / log K; agreement: between the rankings of "
         "teacher.shuffles; none: 1 for every valid row.",
+    )
+    audit: Literal["off", "warn", "stop"] = option(
+        "warn",
+        "Ask the teacher on validation rows, before it teaches and in the end, and say whether a "
+        "blend of its verdict with the student's scores beats the student's own order. stop: a "
+        "teacher of which that does not show never starts.",
+    )
+    audit_rows: int = option(
+        64, "Validation rows of an audit, all with the true item among the candidates.", ge=2
+    )
+    audit_evaluations: bool = option(
+        False, "Audit at every evaluation as well, of as many rows each."
     )
     rationales: str | None = option(
         None,

@@ -184,8 +184,8 @@ def test_wrong_types_that_only_yaml_can_write(tmp_path, line, received, expected
 
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf", ".nan", ".inf", "-.inf", "1e999"])
 def test_numbers_that_are_not_finite(value):
-    (line,) = mistakes(f"--distill.lambda_rank={value}")
-    assert line.startswith(("distill.lambda_rank is ", "command line: distill.lambda_rank is "))
+    (line,) = mistakes(f"--distill.lambda_emb={value}")
+    assert line.startswith(("distill.lambda_emb is ", "command line: distill.lambda_emb is "))
     assert line.endswith(("expected a finite number.", "expected a number."))
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from cotrain.config import Config
 from cotrain.data.batches import (
@@ -25,6 +26,7 @@ from cotrain.data.batches import (
 )
 from cotrain.data.interactions import InteractionData
 from cotrain.distill import losses
+from cotrain.distill.audit import audit, audit_rows
 from cotrain.distill.querying import Teacher, verdict_weight
 from cotrain.distill.rationales import Rationales, RationaleTerms
 from cotrain.distill.state import (
@@ -34,7 +36,7 @@ from cotrain.distill.state import (
     learning_rate,
     save_checkpoint,
 )
-from cotrain.errors import CotrainError
+from cotrain.errors import CotrainError, DataError, TeacherError
 from cotrain.evaluation.evaluator import evaluate
 from cotrain.evaluation.metrics import metrics_from_ranks
 from cotrain.runtime.interruption import StopRequest
@@ -123,7 +125,7 @@ def cotrain_step(
         report["loss_rdr"] = rdr / n_found
     report["loss"] = (
         report["loss_ce"]
-        + weights.lambda_rank * report.get("loss_rank", 0.0)
+        + state.lambda_rank * report.get("loss_rank", 0.0)
         + weights.lambda_emb * report.get("loss_emb", 0.0)
         + weights.lambda_rdr * report.get("loss_rdr", 0.0)
     )
@@ -136,7 +138,7 @@ def cotrain_step(
     # all rows of all processes.
     total = accelerator.num_processes * (
         output.loss_sum / n_targets
-        + weights.lambda_rank * terms.rank_sum / n_rows
+        + state.lambda_rank * terms.rank_sum / n_rows
         + weights.lambda_emb * terms.emb_sum / n_rows
         + reasons.gradient_sum / n_found
     )
@@ -332,6 +334,8 @@ def fit(state: CotrainState, run: Run) -> None:
             ended = state.epoch + 1 == train.epochs or state.step >= pace.total_steps
             if ended or (state.epoch + 1) % train.eval_every_epochs == 0:
                 validate(state, run)
+                if distills and (ended or run.config.distill.audit_evaluations):
+                    audit_teacher(state, run)
             state.epoch += 1
             state.step_in_epoch = 0
 
@@ -360,6 +364,51 @@ def start_distilling(state: CotrainState, run: Run, dataset: SequenceDataset) ->
         shown = "calibrating the teacher" if run.accelerator.is_main_process else None
         state.meter.observe_calibration(teacher.calibrate(rows, candidates, shown))
         state.identifier_bias = teacher.ranker.identifier_bias
+    audit_teacher(state, run)
+    if run.config.distill.audit == "stop" and state.audits and not state.audits[-1]["teaches"]:
+        raise TeacherError(
+            f"This teacher has nothing to teach that {state.audits[-1]['rows']} validation rows "
+            "show (above), and distill.audit is stop. Train it (scripts/train_teacher.py), take "
+            "another one, audit more rows (distill.audit_rows), or set distill.audit warn."
+        )
+
+
+def audit_teacher(state: CotrainState, run: Run) -> None:
+    """What the teacher knows that the present student does not, said and kept; where
+    `distill.lambda_rank` is auto, its weight follows.
+
+    Raises:
+        DataError: There is no row to audit on, and `distill.audit` is stop.
+    """
+    settings, config, accelerator = run.config.distill, run.config, run.accelerator
+    if run.teacher is None or settings.audit == "off":
+        return
+    model = accelerator.unwrap_model(state.student.model)
+    try:
+        rows = audit_rows(
+            model, run.data, config.teacher.num_candidates, settings.audit_rows, config.seed
+        )
+    except DataError as error:
+        if settings.audit == "stop":
+            raise
+        tell(f"No audit: {error}", accelerator)
+        return
+    found = audit(rows, run.teacher.ranker, config.seed, accelerator, config.eval.bootstrap_samples)
+    tell(str(found), accelerator)
+    state.audits.append({"step": state.step, "epoch": state.epoch, **found.as_dict()})
+    run.log.write({
+        "kind": "audit", "step": state.step, "epoch": state.epoch, "student": found.student,
+        "teacher": found.teacher, "blend": found.blend, "beta": found.beta,
+    })  # fmt: skip
+    if settings.lambda_rank == "auto":
+        state.lambda_rank = found.lambda_rank
+        tell(f"distill.lambda_rank auto: {state.lambda_rank:.3f}", accelerator)
+
+
+def tell(text: str, accelerator: Accelerator) -> None:
+    """A line of the main process above the live one."""
+    if accelerator.is_main_process:
+        tqdm.write(text)
 
 
 def validate(state: CotrainState, run: Run) -> None:

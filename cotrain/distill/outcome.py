@@ -104,6 +104,8 @@ def _teacher(state: CotrainState, run: Run, meter: TeacherMeter) -> dict[str, An
         "parameters": ranker.backbone.num_parameters,
         **{name: getattr(settings, name) for name in of_settings},
         "identifier_bias": state.identifier_bias.tolist(),
+        "lambda_rank": state.lambda_rank,
+        "audits": state.audits,
         **meter.as_report(),
         "backoffs": [
             {"process": process, **backoff}
@@ -238,6 +240,15 @@ def _teacher_warnings(report: dict[str, Any]) -> list[str]:
         warnings.append(
             f"The teacher hardly distinguishes the candidates: the entropy of its answers is "
             f"{teacher['entropy']:.2f} of at most {teacher['entropy_uniform']:.2f} nats."
+        )
+    if teacher["audits"] and not teacher["audits"][0]["teaches"]:
+        first = teacher["audits"][0]
+        low, high = first["blend_lift"]["ci95"]
+        warnings.append(
+            "The audit before it taught found nothing that this teacher could teach: on "
+            f"{first['rows']} validation rows that hold the true item, the best blend with its "
+            f"verdict changes the NDCG@10 of the student's order ({first['student']:.4f}) by "
+            f"{first['blend_lift']['absolute']:+.4f} ({low:+.4f} to {high:+.4f})."
         )
     placing = teacher["target_placing"]
     if placing["rows"] and placing["teacher"] < placing["student"]:

@@ -5,6 +5,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -76,6 +77,8 @@ class CotrainState:
         seconds: Time spent in earlier parts of an interrupted run.
         start_effective_rank: Of the student's states when the teacher started; 0 before.
         identifier_bias: (W,) the teacher's calibration; zeros before it started.
+        lambda_rank: Weight of the ranking loss; where the audit decides it, 0 before.
+        audits: What each audit of the teacher found, with its step and epoch.
     """
 
     student: Learner
@@ -88,6 +91,8 @@ class CotrainState:
     seconds: float = 0.0
     start_effective_rank: float = 0.0
     identifier_bias: Tensor = field(default_factory=lambda: torch.zeros(0))
+    lambda_rank: float = 0.0
+    audits: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def learners(self) -> list[Learner]:
@@ -144,6 +149,7 @@ def new_state(
         control=None,
         meter=TeacherMeter(config.teacher.num_candidates),
         identifier_bias=torch.zeros(config.teacher.num_shown),
+        lambda_rank=0.0 if config.distill.lambda_rank == "auto" else config.distill.lambda_rank,
     )
 
 
@@ -198,6 +204,7 @@ def fork_control(state: CotrainState, config: Config, accelerator: Accelerator) 
 
 _POSITION = (
     "epoch", "step_in_epoch", "step", "seconds", "start_effective_rank", "identifier_bias",
+    "lambda_rank", "audits",
 )  # fmt: skip
 
 

@@ -135,6 +135,8 @@ def _verdict_rows(teacher: dict[str, Any]) -> list[Row]:
                 f"{number(placing['random'], 3)}; on {number(placing['rows'])} rows that hold it",
             )
         )
+    for audit in get("audits") or []:
+        rows.append(_audit_row(audit))
     return [
         *rows,
         ("Mean confidence", number(get("confidence"), 3), "0 guesses, 1 is certain"),
@@ -149,6 +151,18 @@ def _verdict_rows(teacher: dict[str, Any]) -> list[Row]:
             "mean Spearman; 1 repeats the student's order, 0 is unrelated to it",
         ),
     ]
+
+
+def _audit_row(audit: dict[str, Any]) -> Row:
+    low, high = audit["blend_lift"]["ci95"]
+    found = "teaches" if audit["teaches"] else "nothing shown to teach"
+    return (
+        f"Audit at step {number(audit['step'])}, NDCG@10",
+        f"blend {number(audit['blend'], 4)}, teacher {number(audit['teacher'], 4)}, student "
+        f"{number(audit['student'], 4)}",
+        f"{found}: the blend's gain lies in {low:+.4f} to {high:+.4f}, on {number(audit['rows'])} "
+        "validation rows that hold the true item",
+    )
 
 
 def example_view(example: dict[str, Any]) -> dict[str, Any]:

@@ -38,6 +38,7 @@ def prepared(
                     "--student.max_length", "20", "--train.epochs", "3",
                     "--train.warmup_epochs", "1", "--train.batch_size", "16",
                     "--query.fraction", "0.5", "--distill.confidence", "none",
+                    "--distill.audit", "off",
                     "--teacher.calibration_rows", "8", "--teacher.compile", "off",
                     "--output_dir", str(tmp_path / f"run{len(list(tmp_path.iterdir()))}"),
                     *options,
