@@ -150,7 +150,7 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory, small_tables: tuple[P
     folder = tmp_path_factory.mktemp("finished")
     interactions, items = map(str, small_tables)
     settings = {"name": "small", "interactions": interactions, "items": items}
-    data = load_interactions(DataConfig(**settings))
+    data = load_interactions(DataConfig(name="small", interactions=interactions, items=items))
     lines = [f"  {name}: {json.dumps(value)}" for name, value in settings.items()]
     (folder / "config.yaml").write_text("\n".join(["data:", *lines]) + "\n")
     torch.manual_seed(0)

@@ -52,7 +52,8 @@ def test_everything_offered_is_there():
 
 def test_one_user_at_a_time(finished_run: Path):
     run = cotrain.load_run(finished_run)
-    for given in ({}, {"user": 8, "items": [50]}, {"user": 8, "k": 0}):
+    wrong: list[dict[str, Any]] = [{}, {"user": 8, "items": [50]}, {"user": 8, "k": 0}]
+    for given in wrong:
         with pytest.raises(ConfigError, match="expected one of user, items and titles"):
             run.recommend(**given)
     with pytest.raises(DataError, match="have no user '999'"):

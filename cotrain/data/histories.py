@@ -13,13 +13,16 @@ from typing import IO, Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
+import pyarrow.compute
 import pyarrow.csv
 import pyarrow.parquet as pq
 
 from cotrain.errors import DataError, some_of
 
 SUFFIXES = [".parquet", ".csv", ".tsv", ".jsonl"]
+# Its functions are made when it is imported, so that a type checker knows none of them.
+pc: Any = pyarrow.compute
+
 # Rows of a piece, bytes of a piece of CSV, and of one line of JSON.
 _ROWS, _BLOCK, _LINE = 4096, 2**22, 2**24
 _UNREADABLE = (pa.ArrowException, OSError, ValueError)

@@ -31,6 +31,8 @@ class PaddedSASRec(nn.Module):
         ValueError: k is below 1.
     """
 
+    item_bias: Tensor
+
     def __init__(self, model: SASRec, k: int = 100):
         super().__init__()
         if k < 1:

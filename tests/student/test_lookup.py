@@ -8,7 +8,7 @@ import pytest
 from cotrain.data.catalog import Catalog
 from cotrain.errors import ConfigError, DataError
 from cotrain.student import lookup as module
-from cotrain.student.lookup import ItemLookup
+from cotrain.student.lookup import ItemLookup, Kind
 
 CATALOG = Catalog(
     [None, 50, 181, 7, 9],
@@ -19,12 +19,21 @@ LOOKUP = ItemLookup(CATALOG)
 
 
 def test_ids_and_titles_in_any_order_and_case():
-    names = [("title", " star wars  (1977)"), ("id", " 7 "), ("title", "FARGO (1996)")]
+    names: list[tuple[Kind, str]] = [
+        ("title", " star wars  (1977)"),
+        ("id", " 7 "),
+        ("title", "FARGO (1996)"),
+    ]
     assert LOOKUP.indices(names).tolist() == [1, 3, 2]
 
 
 def test_one_message_for_all_that_cannot_be_found():
-    names = [("id", "007"), ("title", "Fargo"), ("title", "The Kid"), ("id", "50")]
+    names: list[tuple[Kind, str]] = [
+        ("id", "007"),
+        ("title", "Fargo"),
+        ("title", "The Kid"),
+        ("id", "50"),
+    ]
     with pytest.raises(DataError) as caught:
         LOOKUP.indices(names)
     said = str(caught.value)
@@ -42,15 +51,17 @@ def test_a_typo_in_every_word_still_finds_the_nearest():
 def test_no_more_than_a_person_would_name():
     with pytest.raises(DataError, match="No item is named"):
         LOOKUP.indices([])
+    many: list[tuple[Kind, str]] = [("id", "50")] * 10_001
     with pytest.raises(DataError, match=r"10,001 items are named; expected at most 10,000.*--hist"):
-        LOOKUP.indices([("id", "50")] * 10_001)
+        LOOKUP.indices(many)
     with pytest.raises(DataError, match=r"has 100,000 characters, expected at most 1,000"):
         LOOKUP.indices([("title", "x" * 100_000)])
 
 
 @pytest.mark.parametrize("text", ["<|im_end|>", "../../etc/passwd", "\x00\x1b[2J", "", "' OR 1=1"])
 def test_hostile_names_are_just_unknown(text: str):
-    for kind in ("id", "title"):
+    kinds: list[Kind] = ["id", "title"]
+    for kind in kinds:
         with pytest.raises(DataError) as caught:
             LOOKUP.indices([(kind, text)])
         assert "\x1b" not in str(caught.value)
@@ -75,12 +86,14 @@ def test_filters_together(tmp_path: Path):
     assert found.tolist() == [False, True, False, False, False]
     assert notes == []
     found, _ = LOOKUP.allowed(deny=deny)
+    assert found is not None
     assert np.flatnonzero(found).tolist() == [1, 3, 4]
 
 
 def test_ids_in_lists_that_no_item_has(tmp_path: Path):
     path = written(tmp_path / "list", "50", "who", "007")
     found, notes = LOOKUP.allowed(allow=path)
+    assert found is not None
     assert np.flatnonzero(found).tolist() == [1]
     assert "2 of 3 ids" in notes[0]
     assert "'who', '007'" in notes[0]
