@@ -3,6 +3,7 @@
     python scripts/benchmark.py student --data amazon-beauty                  # beside RecTools
     python scripts/benchmark.py student --data ml-1m --max-length 200
     python scripts/benchmark.py catalogue                                     # as items grow
+    python scripts/benchmark.py bulk --run runs/NAME                          # a million users
     python scripts/benchmark.py teacher --rows 64 --exactness                 # beside generate
     python scripts/benchmark.py teacher --model 7b --rows 8 256               # on a GPU
     python scripts/benchmark.py teacher --memory
@@ -21,6 +22,7 @@ import sys
 from pathlib import Path
 
 from cotrain.benchmarks.settings import (
+    BulkSettings,
     CatalogueSettings,
     ModesSettings,
     ParitySettings,
@@ -34,6 +36,7 @@ from cotrain.errors import ConfigError, CotrainError
 COMMANDS = {
     "student": (StudentSettings, "one epoch and one evaluation beside RecTools' SASRec"),
     "catalogue": (CatalogueSettings, "step time, retrieval time and memory as the catalogue grows"),
+    "bulk": (BulkSettings, "recommendations for a file of users: time, rate, memory"),
     "teacher": (TeacherSettings, "verdicts beside the plain generate loop; memory; a run's loop"),
     "modes": (ModesSettings, "verdicts, whole orders, cost and position bias of every mode"),
     "parity": (ParitySettings, "the teacher's engine against generate, by family of models"),
@@ -62,6 +65,10 @@ def main(argv: list[str]) -> int:
         from cotrain.benchmarks import catalogue
 
         result = catalogue.run(settings)
+    elif isinstance(settings, BulkSettings):
+        from cotrain.benchmarks import bulk
+
+        result = bulk.run(settings, Path(__file__).with_name("recommend.py"))
     elif isinstance(settings, ModesSettings):
         from cotrain.benchmarks import modes
 

@@ -1,5 +1,6 @@
 """Real small things that many tests share: a slice of ML-100K, a tiny random language model."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,8 +13,14 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTraine
 from cotrain import assets
 from cotrain.config import DataConfig
 from cotrain.data.interactions import InteractionData, load_interactions
+from cotrain.evaluation.compare import paired_bootstrap
+from cotrain.evaluation.metrics import metrics_from_ranks
 from cotrain.rationale import store as stores
+from cotrain.rationale.head import FOLDER as HEAD
+from cotrain.rationale.head import RationaleHead
 from cotrain.rationale.records import position_hashes
+from cotrain.student.recommender import Recommender
+from cotrain.student.sasrec import SASRec
 
 
 @pytest.fixture(scope="session")
@@ -108,3 +115,52 @@ def write_store() -> Callable[..., Path]:
 @pytest.fixture(scope="session")
 def training_places() -> Callable[[InteractionData], np.ndarray]:
     return _training_places
+
+
+def _report(data: InteractionData) -> dict:
+    """What a run with a teacher that helped would have reported."""
+    draw = np.random.default_rng(0)
+    ranks = draw.integers(1, 60, data.num_users)
+    results = {
+        name: {split: metrics_from_ranks(worse * ranks) for split in ("validation", "test")}
+        for name, worse in (("student", 1), ("control", 2))
+    }
+    gains = [1 / (worse * ranks) for worse in (1, 2)]
+    return {
+        "name": data.name, "seed": 0, "shipped": "student", **results,
+        "dataset": {
+            "name": data.name, "users": data.num_users, "items": data.num_items,
+            "interactions": data.num_interactions, "split": "leave-one-out",
+            "evaluated_users": {"validation": data.num_users, "test": data.num_users},
+            "notes": data.notes,
+        },
+        "lift": {"ndcg@10": paired_bootstrap(*gains, samples=200).as_dict()},
+        "teacher": {
+            "model": "a-teacher", "adapter": None, "quantization": "nf4", "num_candidates": 20,
+            "rows_asked": 40, "rows_valid": 39, "rows_per_s": 2.5,
+        },
+        "rationales": None, "warnings": ["Users are few."], "environment": {"device": "cpu"},
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory: pytest.TempPathFactory, small_tables: tuple[Path, Path]) -> Path:
+    """Folder as a run on 60 users with a teacher and rationales would leave it; the student has
+    not been trained, and of everything else there is only what comes after a run needs."""
+    folder = tmp_path_factory.mktemp("finished")
+    interactions, items = map(str, small_tables)
+    settings = {"name": "small", "interactions": interactions, "items": items}
+    data = load_interactions(DataConfig(name="small", interactions=interactions, items=items))
+    lines = [f"  {name}: {json.dumps(value)}" for name, value in settings.items()]
+    (folder / "config.yaml").write_text("\n".join(["data:", *lines]) + "\n")
+    torch.manual_seed(0)
+    model = SASRec(data.num_items, hidden_size=16, num_layers=2, num_heads=2, max_length=20)
+    with torch.no_grad():  # scores that differ
+        model.item_embedding.weight[1:].normal_()
+        model.position_embedding.weight.normal_()
+    Recommender(model, data.catalog).save_pretrained(folder / "student")
+    places = _training_places(data)[::5]
+    store = _write_store(folder / "store", data, places)
+    RationaleHead(16, torch.zeros(12)).save(folder / HEAD, {"store": str(store)})
+    (folder / "report.json").write_text(json.dumps(_report(data)))
+    return folder

@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "cotrain"
 # What each part may import beside itself, transitively everything below it.
 BELOW = {
     "cotrain.errors": set(),
-    "cotrain.files": set(),
+    "cotrain.files": {"cotrain.errors"},
     "cotrain.settings": set(),
     "cotrain.finetune_settings": {"cotrain.settings"},
     "cotrain.contradictions": {"cotrain.settings", "cotrain.finetune_settings"},
@@ -25,7 +25,7 @@ BELOW = {
         "cotrain.errors", "cotrain.config", "cotrain.files", "cotrain.asset_builders",
         "cotrain.assets",
     },
-    "cotrain.student": {"cotrain.errors", "cotrain.config", "cotrain.data"},
+    "cotrain.student": {"cotrain.errors", "cotrain.config", "cotrain.files", "cotrain.data"},
     "cotrain.teacher": {"cotrain.errors", "cotrain.config", "cotrain.assets", "cotrain.data"},
     "cotrain.evaluation": {
         "cotrain.errors", "cotrain.config", "cotrain.files", "cotrain.data", "cotrain.student",
@@ -51,7 +51,16 @@ BELOW = {
     },
     "cotrain.benchmarks": {
         "cotrain.errors", "cotrain.config", "cotrain.assets", "cotrain.data", "cotrain.runtime",
-        "cotrain.student", "cotrain.teacher", "cotrain.evaluation", "cotrain.distill",
+        "cotrain.student", "cotrain.teacher", "cotrain.evaluation", "cotrain.rationale",
+        "cotrain.distill",
+    },
+    "cotrain.export": {
+        "cotrain.errors", "cotrain.files", "cotrain.data", "cotrain.student", "cotrain.evaluation",
+        "cotrain.rationale",
+    },
+    "cotrain.api": {
+        "cotrain.errors", "cotrain.config", "cotrain.data", "cotrain.student", "cotrain.teacher",
+        "cotrain.evaluation", "cotrain.rationale", "cotrain.distill",
     },
 }  # fmt: skip
 PURE = [

@@ -70,6 +70,19 @@ class CatalogueSettings:
 
 
 @dataclasses.dataclass(frozen=True)
+class BulkSettings:
+    """A file of users, answered by scripts/recommend.py in a process of its own."""
+
+    run: str = option("runs/student", "Folder of a finished run.")
+    users: int = option(1_000_000, "Users, drawn from those of the run's data.", ge=1)
+    k: int = option(10, "Items recommended to each.", ge=1)
+    kind: Literal["parquet", "csv", "jsonl"] = option("parquet", "Of both files.")
+    threads: int | None = option(None, "CPU threads; none: one a core.", ge=1)
+    seed: int = option(0, "Seed of the draw.", ge=0)
+    json: str | None = option(None, "File for everything that was measured.")
+
+
+@dataclasses.dataclass(frozen=True)
 class TeacherSettings:
     """The teacher engine beside the plain generate loop: same weights, prompts and machine."""
 

@@ -14,6 +14,7 @@ from cotrain.distill.loop import Run
 from cotrain.distill.meters import TeacherMeter
 from cotrain.distill.state import CotrainState, Learner, fork_control
 from cotrain.errors import DataError
+from cotrain.evaluation.card import card_facts
 from cotrain.evaluation.compare import paired_bootstrap
 from cotrain.evaluation.evaluator import Evaluation, evaluate
 from cotrain.evaluation.metrics import (
@@ -21,7 +22,7 @@ from cotrain.evaluation.metrics import (
     per_user_metric,
     recommendation_metrics,
 )
-from cotrain.evaluation.report import result_table, write_report
+from cotrain.evaluation.report import json_ready, result_table, write_report
 from cotrain.evaluation.slices import slice_table, slices_of
 from cotrain.rationale.agreement import measure_agreement
 from cotrain.rationale.explain import Explainer
@@ -83,7 +84,7 @@ def finish(state: CotrainState, run: Run) -> dict[str, Any]:
     }
     report["warnings"] = _warnings(report)
     if accelerator.is_main_process:
-        _export(shipped, found, run)
+        _export(shipped, found, run, report)
         _, page = write_report(report, run.log.rows(), folder)
         accelerator.print(f"\n{result_table(report)}\n\nReport: {page}")
     return report
@@ -284,7 +285,7 @@ def _warnings(report: dict[str, Any]) -> list[str]:
     return warnings
 
 
-def _export(shipped: Learner, found: Found, run: Run) -> None:
+def _export(shipped: Learner, found: Found, run: Run, report: dict[str, Any]) -> None:
     """Write the shipped model with its catalogue, and every user's ranks, null where a user is not
     evaluated."""
     target = run.folder / "student"
@@ -292,13 +293,7 @@ def _export(shipped: Learner, found: Found, run: Run) -> None:
     model = run.accelerator.unwrap_model(shipped.model)
     assert isinstance(model, SASRec)
     Recommender(model, run.data.catalog).save_pretrained(
-        target,
-        model_card_kwargs={
-            "dataset_name": run.data.name,
-            "protocol": f"Test split, {run.config.data.split}: one held-out item of each user is "
-            "ranked among all items, the user's history left out.",
-            "metrics": metrics_from_ranks(found[shipped.name]["test"].ranks),
-        },
+        target, model_card_kwargs=card_facts(json_ready(report))
     )
     if run.rationales is not None and shipped.head is not None:
         head = run.accelerator.unwrap_model(shipped.head)

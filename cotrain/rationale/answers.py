@@ -14,6 +14,7 @@ from cotrain.errors import CheckpointError, DataError, some_of
 from cotrain.rationale.explain import ExplainedItem, Explainer, Explanation, Reason
 from cotrain.rationale.head import FOLDER, RationaleHead
 from cotrain.rationale.store import RationaleStore
+from cotrain.student.lookup import ItemLookup
 from cotrain.student.recommender import Recommender
 
 
@@ -23,21 +24,19 @@ class FinishedRun:
 
     Attributes:
         folder: Of the run.
-        data: That it was trained on.
         recommender: The student that it ships.
     """
 
     folder: Path
-    data: InteractionData
     recommender: Recommender
 
     @classmethod
     def open(cls, folder: Path) -> "FinishedRun":
-        """Reads settings, student and data.
+        """Reads the student. The data are read when they are asked for: new users need none.
 
         Raises:
             CheckpointError: No run folder, or of a run that has not finished.
-            DataError, AssetError, ConfigError: Its data or student cannot be had.
+            AssetError, DataError: Its student is damaged.
         """
         settings, student = folder / "config.yaml", folder / "student"
         if not settings.is_file():
@@ -50,15 +49,48 @@ class FinishedRun:
                 f"The run {folder} has no student yet. Let it finish: accelerate launch "
                 f"scripts/train_online.py --resume {folder}"
             )
-        recommender = Recommender.from_pretrained(student)
+        return cls(folder, Recommender.from_pretrained(student))
+
+    @cached_property
+    def data(self) -> InteractionData:
+        """That it was trained on.
+
+        Raises:
+            DataError, AssetError, ConfigError: They cannot be had, or have changed.
+        """
+        settings = self.folder / "config.yaml"
         data = load_interactions(configuration.parse(["--config", str(settings)]).data)
-        if recommender.catalog.item_ids != data.catalog.item_ids:
+        if self.recommender.catalog.item_ids != data.catalog.item_ids:
             raise DataError(
-                f"The student of {folder} recommends {len(recommender.catalog) - 1:,} items and "
-                f"the data {data.name!r} now have {data.num_items:,}, not the same ones in the "
-                "same order. Expected the tables that the run was trained on."
+                f"The student of {self.folder} recommends {len(self.recommender.catalog) - 1:,} "
+                f"items and the data {data.name!r} now have {data.num_items:,}, not the same ones "
+                "in the same order. Expected the tables that the run was trained on."
             )
-        return cls(folder, data, recommender)
+        return data
+
+    @cached_property
+    def report(self) -> dict[str, Any]:
+        """Its report.
+
+        Raises:
+            CheckpointError: There is none, or it is no JSON object.
+        """
+        path = self.folder / "report.json"
+        try:
+            report = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(report, dict):
+                raise TypeError(f"it holds {type(report).__name__}")
+        except (OSError, ValueError, RecursionError, TypeError) as error:
+            raise CheckpointError(
+                f"{path} is not the report of a finished run: {type(error).__name__} "
+                f"{str(error)[:200]}. Expected what scripts/train_online.py wrote."
+            ) from error
+        return report
+
+    @cached_property
+    def lookup(self) -> ItemLookup:
+        """Finds items by id or title."""
+        return ItemLookup(self.recommender.catalog)
 
     def user(self, raw_id: str) -> int:
         """Index of the user that the command line names.
@@ -94,10 +126,21 @@ class FinishedRun:
         matched = RationaleStore.open(folder).match(self.data)
         return Explainer(self.recommender, head, matched, self.data)
 
-    def recommend(self, user: int, k: int) -> Explanation:
-        """Items without reasons, by everything that is known of a user."""
-        catalog = self.data.catalog
-        found = self.recommender.top_items([self.data.history(user)], k).cpu()
+    def recommend(
+        self, history: np.ndarray, k: int = 10, *, user_id: Any = None, exclude_seen: bool = True,
+        allowed: np.ndarray | None = None,
+    ) -> Explanation:  # fmt: skip
+        """Items without reasons.
+
+        Args:
+            history: Item indices, oldest first: `data.history(user)`, or what `lookup` found.
+            k: Items.
+            user_id: Raw id of the user; None: a new one.
+            exclude_seen: Leave out what is in the history.
+            allowed: (V,) bool, what may be recommended at all, as `lookup.allowed` tells.
+        """
+        catalog = self.recommender.catalog
+        found = self.recommender.top_items([history], k, exclude_seen, allowed).cpu()
         pairs = zip(found.item_ids[0].tolist(), found.scores[0].tolist(), strict=True)
         items = [
             ExplainedItem(
@@ -106,21 +149,19 @@ class FinishedRun:
             for item, score in pairs
             if item
         ]
-        return Explanation(self.data.user_ids[user], items, [])
+        return Explanation(user_id, items, [])
 
     @cached_property
     def agreement(self) -> dict[str, Any] | None:
         """Of the student that it ships, as its report has it; None where it does not say."""
         try:
-            report = json.loads((self.folder / "report.json").read_text(encoding="utf-8"))
-            return report["rationales"]["agreement"][report["shipped"]]
-        except (OSError, ValueError, KeyError, TypeError):
+            return self.report["rationales"]["agreement"][self.report["shipped"]]
+        except (CheckpointError, LookupError, TypeError):
             return None
 
-    def last_titles(self, user: int, count: int = 3) -> list[str]:
-        """Of what the user took last, latest first."""
-        latest: np.ndarray = self.data.history(user)[::-1][:count]
-        return [self.data.catalog.titles[item] for item in latest]
+    def last_titles(self, history: np.ndarray, count: int = 3) -> list[str]:
+        """Of what was taken last, latest first."""
+        return [self.recommender.catalog.titles[item] for item in history[::-1][:count]]
 
 
 def readable(explanation: Explanation) -> str:

@@ -74,7 +74,7 @@ class Explanation:
     """What one user is shown.
 
     Attributes:
-        user_id: Raw id.
+        user_id: Raw id; None: a new user.
         items: Best first.
         nearest: Reasons nearest to W_r u, whatever is recommended, of equal texts one.
     """
@@ -207,13 +207,14 @@ class Explainer:
         return order, np.take_along_axis(likeness, order, axis=1)
 
     def recommended(
-        self, histories: Sequence[np.ndarray], k: int
-    ) -> Iterator[tuple[Tensor, np.ndarray, np.ndarray]]:
+        self, histories: Sequence[np.ndarray], k: int, exclude_seen: bool = True,
+        allowed: np.ndarray | None = None,
+    ) -> Iterator[tuple[Tensor, np.ndarray, np.ndarray]]:  # fmt: skip
         """State (D,), items (≤ k,) and scores of each history."""
         model = self.recommender.model
         for start in range(0, len(histories), _BATCH):
             some = histories[start : start + _BATCH]
-            found = self.recommender.top_items(some, k).cpu()
+            found = self.recommender.top_items(some, k, exclude_seen, allowed).cpu()
             model.eval()
             with torch.no_grad():
                 states = model.user_states(some)
@@ -223,37 +224,58 @@ class Explainer:
     # ---- explaining -----------------------------------------------------------------------------
 
     def explain(
-        self,
-        users: Sequence[int],
-        k: int = 10,
-        *,
-        reasons: int = 1,
-        overall: int = 3,
-        pool: int = 50,
-        exclude_own: bool = False,
+        self, users: Sequence[int], k: int = 10, *, exclude_own: bool = False, **how: Any
     ) -> list[Explanation]:
         """Recommend to users of the data, by all that is known of them, and say why.
 
         Args:
             users: User indices.
             k: Items a user.
+            exclude_own: Leave out rationales that were written for the same user.
+            how: Further arguments of `explain_histories`.
+        """
+        histories = [self.data.history(user) for user in users]
+        return self.explain_histories(histories, k, users=users, exclude_own=exclude_own, **how)
+
+    def explain_histories(
+        self,
+        histories: Sequence[np.ndarray],
+        k: int = 10,
+        *,
+        users: Sequence[int] | None = None,
+        exclude_own: bool = False,
+        exclude_seen: bool = True,
+        allowed: np.ndarray | None = None,
+        reasons: int = 1,
+        overall: int = 3,
+        pool: int = 50,
+    ) -> list[Explanation]:
+        """Recommend to anybody, and say why.
+
+        Args:
+            histories: Item indices, oldest first, one or more each.
+            k: Items a user.
+            users: Whose histories they are; None: new users.
+            exclude_own: Leave out rationales that were written for the same user.
+            exclude_seen: Leave out what is in the history.
+            allowed: (V,) bool, what may be recommended at all; None: everything.
             reasons: Of each item.
             overall: Reasons for the user as a whole.
             pool: The user's nearest rationales, from which those of an item are chosen.
-            exclude_own: Leave out rationales that were written for the same user.
         """
-        made = list(self.recommended([self.data.history(user) for user in users], k))
+        made = list(self.recommended(histories, k, exclude_seen, allowed))
         states = torch.stack([state for state, _, _ in made])
+        whose: Sequence[int | None] = [None] * len(made) if users is None else users
         found, cosines = self.nearest(states, max(pool, overall), users if exclude_own else None)
         explanations = []
-        for user, (_, items, scores), rows, near in zip(users, made, found, cosines, strict=True):
+        for user, (_, items, scores), rows, near in zip(whose, made, found, cosines, strict=True):
             places, likeness = self.fitting(items, rows[rows >= 0][:pool])
             fits = (places[:, :reasons], likeness[:, :reasons])
             explanations.append(self._explanation(user, items, scores, fits, rows, near, overall))
         return explanations
 
     def _explanation(
-        self, user: int, items: np.ndarray, scores: np.ndarray,
+        self, user: int | None, items: np.ndarray, scores: np.ndarray,
         fits: tuple[np.ndarray, np.ndarray], rows: np.ndarray, cosines: np.ndarray, overall: int,
     ) -> Explanation:  # fmt: skip
         """Puts words to what was found for a user: items, places in `rows`, and how they fit."""
@@ -290,7 +312,8 @@ class Explainer:
         for place in range(len(wanted)):
             first.setdefault(texts[int(rows[place])].rationale, place)
         nearest = [reason(place) for place in list(first.values())[:overall]]
-        return Explanation(self.data.user_ids[user], explained, nearest)
+        user_id = None if user is None else self.data.user_ids[user]
+        return Explanation(user_id, explained, nearest)
 
     def random_rows(self, without: int | None, count: int, draw: np.random.Generator) -> np.ndarray:
         """(≤ count,) different rows of the store, none of this user's own."""

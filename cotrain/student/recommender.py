@@ -48,8 +48,8 @@ class Recommender(ModelHubMixin, library_name="cotrain", tags=["sequential-recom
 
     `save_pretrained(folder)` and `push_to_hub(repo_id)` come from huggingface_hub and write
     `model.safetensors`, `config.json`, `items.parquet` and the model card `README.md`, which both
-    leave alone where the folder has one. Both take `model_card_kwargs`: `dataset_name`, `protocol`
-    and `metrics` (name to value) enter the card.
+    leave alone where the folder has one. Both take `model_card_kwargs`: `dataset_name`, `protocol`,
+    `metrics` (name to value) and what else `cotrain.evaluation.card` finds in a report.
 
     Attributes:
         model: The student; its own `train` and `to` decide mode and device.
@@ -82,6 +82,7 @@ class Recommender(ModelHubMixin, library_name="cotrain", tags=["sequential-recom
         k: int = 10,
         *,
         exclude_seen: bool = True,
+        allowed: np.ndarray | None = None,
         unknown: Literal["error", "skip"] = "error",
         batch_size: int = 256,
     ) -> Recommendations:
@@ -91,6 +92,8 @@ class Recommender(ModelHubMixin, library_name="cotrain", tags=["sequential-recom
             histories: For each of B users the raw ids of items taken, oldest first, any number.
             k: Items a user.
             exclude_seen: Leave out what is in the user's history.
+            allowed: (V,) bool by item index, what may be recommended at all, as
+                `cotrain.student.filters.allowed_items` tells; None: everything.
             unknown: Ids that the catalogue lacks, and histories without an id. error: a DataError
                 names them. skip: such ids are left out and counted; a user of whom nothing is left
                 gets no items.
@@ -98,7 +101,8 @@ class Recommender(ModelHubMixin, library_name="cotrain", tags=["sequential-recom
 
         Raises:
             DataError: Unknown ids or empty histories under "error"; a history that is no list.
-            ValueError: k or batch_size below 1, another value of `unknown`.
+            ValueError: k or batch_size below 1, another value of `unknown`, another shape of
+                `allowed`.
         """
         if k < 1 or batch_size < 1:
             raise ValueError(f"k is {k} and batch_size {batch_size}; expected 1 or more")
@@ -107,21 +111,56 @@ class Recommender(ModelHubMixin, library_name="cotrain", tags=["sequential-recom
         known, strangers = self._read(histories)
         if unknown == "error":
             self._refuse_unknown(known, strangers)
-        item_ids: list[list[Any]] = [[] for _ in known]
-        scores: list[list[float]] = [[] for _ in known]
-        for users in _batches(known, batch_size):
-            found = self.top_items([known[user] for user in users], k, exclude_seen).cpu()
-            counts = (found.item_ids > 0).sum(1).tolist()
-            rows = zip(users, found.item_ids.tolist(), found.scores.tolist(), counts, strict=True)
-            for user, row_ids, row_scores, count in rows:
-                item_ids[user] = [self.catalog.item_ids[index] for index in row_ids[:count]]
-                scores[user] = row_scores[:count]
+        indices, scores = self.top_indices(
+            known, k, exclude_seen=exclude_seen, allowed=allowed, batch_size=batch_size
+        )
+        counts = (indices > 0).sum(1).tolist()
+        rows = [row[:count] for row, count in zip(indices.tolist(), counts, strict=True)]
         unknown_counts = np.fromiter((len(ids) for ids in strangers), np.int64, len(strangers))
-        return Recommendations(item_ids, scores, unknown_counts)
+        return Recommendations(
+            [[self.catalog.item_ids[index] for index in row] for row in rows],
+            [row[:count] for row, count in zip(scores.tolist(), counts, strict=True)],
+            unknown_counts,
+        )
+
+    def top_indices(
+        self,
+        histories: Sequence[np.ndarray],
+        k: int,
+        *,
+        exclude_seen: bool = True,
+        allowed: np.ndarray | None = None,
+        batch_size: int = 256,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """What `recommend` recommends, by item index, for any number of users.
+
+        Args:
+            histories: n arrays of item indices, oldest first; a user without one gets nothing.
+            k: Items a user.
+            exclude_seen: As there, like the two that follow.
+            allowed: As there.
+            batch_size: As there.
+
+        Returns:
+            (n, min(k, V - 1)) int64 indices, best first, 0 where no more are left, and float32
+            scores.
+        """
+        width = min(k, len(self.catalog) - 1)
+        indices = np.zeros((len(histories), width), np.int64)
+        scores = np.full((len(histories), width), -np.inf, np.float32)
+        for users in _batches(histories, batch_size):
+            some = [histories[user] for user in users]
+            found = self.top_items(some, k, exclude_seen, allowed).cpu()
+            indices[users], scores[users] = found.item_ids.numpy(), found.scores.numpy()
+        return indices, scores
 
     @torch.no_grad()
     def top_items(
-        self, histories: Sequence[np.ndarray], k: int, exclude_seen: bool = True
+        self,
+        histories: Sequence[np.ndarray],
+        k: int,
+        exclude_seen: bool = True,
+        allowed: np.ndarray | None = None,
     ) -> Candidates:
         """The same by item index, for one batch.
 
@@ -129,10 +168,16 @@ class Recommender(ModelHubMixin, library_name="cotrain", tags=["sequential-recom
             histories: B arrays of item indices, oldest first, with one item or more each.
             k: Items a user.
             exclude_seen: Leave out what is in the user's history.
+            allowed: (V,) bool by item index, what may be recommended at all; None: everything.
 
         Returns:
             (B, min(k, V - 1)) items and scores; target ranks mean nothing.
         """
+        if allowed is not None and allowed.shape != (len(self.catalog),):
+            raise ValueError(
+                f"allowed has shape {allowed.shape}; expected one truth value for each of "
+                f"{len(self.catalog):,} item indices, 0 included"
+            )
         was_training = self.model.training
         self.model.eval()
         states = self.model.user_states(histories)
@@ -148,6 +193,7 @@ class Recommender(ModelHubMixin, library_name="cotrain", tags=["sequential-recom
             torch.zeros(len(states), dtype=torch.int64, device=states.device),
             min(k, len(self.catalog) - 1),
             chunk_size=max(1, MAX_SCORES // len(states)),
+            excluded=None if allowed is None else torch.from_numpy(~allowed).to(states.device),
         )
 
     def _read(self, histories: Iterable[Iterable[Any]]) -> tuple[list[np.ndarray], list[list[Any]]]:
@@ -238,7 +284,8 @@ class Recommender(ModelHubMixin, library_name="cotrain", tags=["sequential-recom
         """The card it was loaded with, or, where `facts` or no card are given, a new one.
 
         Args:
-            facts: `dataset_name`, `protocol`, `metrics`, `repo_id`; each may be missing.
+            facts: `dataset_name`, `protocol`, `metrics`, `repo_id` and others that
+                model_card.md.jinja names; each may be missing.
         """
         if self.card is not None and not facts:
             return self.card
@@ -285,7 +332,7 @@ def _read_card(folder: Path) -> ModelCard | None:
         ) from error
 
 
-def _batches(histories: list[np.ndarray], batch_size: int) -> Iterator[list[int]]:
+def _batches(histories: Sequence[np.ndarray], batch_size: int) -> Iterator[list[int]]:
     """Rows that have a history, like lengths together, so that one long history does not make the
     table of what others have seen as wide as itself."""
     lengths = np.fromiter((len(history) for history in histories), np.int64, len(histories))

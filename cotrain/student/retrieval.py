@@ -38,6 +38,7 @@ def retrieve(
     target_ids: Tensor,
     k: int,
     chunk_size: int = 262_144,
+    excluded: Tensor | None = None,
 ) -> Candidates:
     """The K best unseen items of each user.
 
@@ -49,6 +50,7 @@ def retrieve(
             (a repeated interaction) stays masked like everything seen.
         k: K ≤ V - 1.
         chunk_size: Items scored at once; bounds memory to B × chunk_size scores.
+        excluded: (V,) bool, items that nobody gets.
     """
     best_scores = user_state.new_full((len(user_state), k), -torch.inf)
     best_ids = torch.zeros_like(best_scores, dtype=torch.int64)
@@ -59,6 +61,8 @@ def retrieve(
         scores[rows, history[rows, columns] - start] = -torch.inf
         if start == 0:
             scores[:, 0] = -torch.inf
+        if excluded is not None:
+            scores.masked_fill_(excluded[start : start + chunk_size], -torch.inf)
         ids = torch.arange(start, start + scores.shape[1], device=scores.device)
         scores = torch.cat([best_scores, scores], 1)
         ids = torch.cat([best_ids, ids.expand(len(scores), -1)], 1)

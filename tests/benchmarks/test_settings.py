@@ -5,6 +5,7 @@ import argparse
 import pytest
 
 from cotrain.benchmarks.settings import (
+    BulkSettings,
     CatalogueSettings,
     ParitySettings,
     StudentSettings,
@@ -22,7 +23,8 @@ def parsed(settings: type, *argv: str):
 
 
 @pytest.mark.parametrize(
-    "settings", [StudentSettings, CatalogueSettings, TeacherSettings, ParitySettings]
+    "settings",
+    [StudentSettings, CatalogueSettings, BulkSettings, TeacherSettings, ParitySettings],
 )
 def test_without_options_the_defaults_hold(settings: type):
     assert parsed(settings) == settings()

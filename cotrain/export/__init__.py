@@ -1,0 +1,1 @@
+"""A finished run's student in the form that somebody else runs."""
