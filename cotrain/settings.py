@@ -302,6 +302,12 @@ class TrainConfig:
     )
     max_steps: int | None = option(None, "Stop after this many steps; none: no cap.", ge=1)
     batch_size: int = option(64, "Users per optimizer step, over all processes.", ge=1)
+    accumulation_steps: int = option(
+        1,
+        "Parts that a process trains its users of a step in, one after another, for less memory; "
+        "the step stays the same.",
+        ge=1,
+    )
     learning_rate: float = option(1e-3, "Peak of the cosine schedule (AdamW).", gt=0)
     loss: Literal["chunked_ce", "ce", "sampled_softmax", "bce", "gbce"] = option(
         "chunked_ce",

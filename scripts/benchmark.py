@@ -10,6 +10,7 @@
     python scripts/benchmark.py teacher --loop
     python scripts/benchmark.py modes                                         # what it says
     python scripts/benchmark.py parity                                        # of every family
+    python scripts/benchmark.py processes                                     # two beside one
 
 `student` installs RecTools into an environment of its own in the cache folder, once. Each
 subcommand has its `--help`. Tables go to stdout, progress to stderr, everything measured to
@@ -26,6 +27,7 @@ from cotrain.benchmarks.settings import (
     CatalogueSettings,
     ModesSettings,
     ParitySettings,
+    ProcessesSettings,
     StudentSettings,
     TeacherSettings,
     add_options,
@@ -39,6 +41,7 @@ COMMANDS = {
     "bulk": (BulkSettings, "recommendations for a file of users: time, rate, memory"),
     "teacher": (TeacherSettings, "verdicts beside the plain generate loop; memory; a run's loop"),
     "modes": (ModesSettings, "verdicts, whole orders, cost and position bias of every mode"),
+    "processes": (ProcessesSettings, "a short run by one process and by several on the same cores"),
     "parity": (ParitySettings, "the teacher's engine against generate, by family of models"),
 }
 QUICKSTART = Path(__file__).parent / "recipes" / "quickstart.yaml"
@@ -77,6 +80,10 @@ def main(argv: list[str]) -> int:
         from cotrain.benchmarks import parity
 
         result = parity.run(settings)
+    elif isinstance(settings, ProcessesSettings):
+        from cotrain.benchmarks import scaling
+
+        result = scaling.run(settings, QUICKSTART)
     else:
         from cotrain.benchmarks import teacher
 

@@ -147,6 +147,27 @@ class ParitySettings:
     json: str | None = option(None, "File for everything that was measured.")
 
 
+@dataclasses.dataclass(frozen=True)
+class ProcessesSettings:
+    """A short co-training run by one process, and by several that share the same cores."""
+
+    data: str = option("ml-100k", "Data set: a known name, or the folder of a prepared set.")
+    model: str = option(
+        "smollm2-135m-instruct", "Teacher: a known asset, a local folder or a hub name."
+    )
+    quantization: Literal["nf4", "int8", "bf16", "fp32"] = option("nf4", "Its weights.")
+    fraction: float = option(0.1, "Share of the rows that ask.", gt=0, le=1)
+    steps: int | None = option(
+        None, "Steps of the run, of which the first epoch asks nobody; none: two epochs.", ge=1
+    )
+    processes: int = option(2, "Processes of the second side.", ge=2)
+    threads: int | None = option(
+        None, "CPU threads, shared by the processes of a side; none: one a core.", ge=1
+    )
+    seed: int = option(0, "Seed of the run.", ge=0)
+    json: str | None = option(None, "File for everything that was measured.")
+
+
 def add_options(parser: argparse.ArgumentParser, settings: type) -> None:
     """One `--name-with-hyphens` for each field of a settings dataclass."""
     for leaf in leaves(settings):

@@ -26,9 +26,10 @@ from cotrain.benchmarks.teacher_shape import VOCABULARY, RandomPrompts, config_7
 from cotrain.config import Config, TeacherConfig
 from cotrain.data.batches import EpochSampler, SequenceDataset, make_loader
 from cotrain.data.interactions import load_interactions
-from cotrain.distill.loop import cotrain_step
+from cotrain.distill.learner import fork_control
 from cotrain.distill.querying import Teacher
-from cotrain.distill.state import fork_control, new_state
+from cotrain.distill.state import new_state
+from cotrain.distill.step import cotrain_step
 from cotrain.runtime.seeding import seed_everything
 from cotrain.student.losses import make_loss
 from cotrain.teacher.backbone import Backbone
@@ -184,7 +185,7 @@ def train(config: Config, teacher_size: int, ranker: RankLLM, accelerator: Accel
     sampler = EpochSampler(dataset.users, settings.batch_size, config.seed)
     for step, batch in enumerate(make_loader(dataset, sampler), 1):
         if step == 2:  # the optimizer has its moments by now
-            state.control = fork_control(state, config, accelerator)
+            state.control = fork_control(state.student)
         asked = None if step == 1 else teacher
         cotrain_step(state, batch, asked, loss, config, accelerator)
         if step == STEPS:

@@ -13,8 +13,8 @@ from cotrain import config as configuration
 from cotrain.config import Config
 from cotrain.data.batches import EpochSampler, SequenceDataset, left_pad, make_loader
 from cotrain.data.interactions import InteractionData
-from cotrain.distill.loop import cotrain_step
 from cotrain.distill.state import CotrainState, new_state
+from cotrain.distill.step import cotrain_step
 from cotrain.runtime.seeding import seed_everything
 from cotrain.student.losses import make_loss
 from cotrain.student.retrieval import retrieve
@@ -79,7 +79,7 @@ class Training:
 
     @property
     def model(self) -> SASRec:
-        return self.accelerator.unwrap_model(self.state.student.model)
+        return self.state.student.bare
 
     def epoch(self, max_steps: int | None = None, show: str | None = None) -> EpochReport:
         """Train one epoch, or its first steps.

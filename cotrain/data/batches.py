@@ -6,8 +6,8 @@ run cut into other batches, or resumed in the middle, sees the same rows.
 
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
-from typing import Literal
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -34,6 +34,8 @@ class SequenceBatch:
             oldest first, left-padded with 0.
         first_target: (B,) int64, where in the data's items the target of each row's first position
             stands.
+        borrowed: The one row is another process's, and counts for nothing: this process has none
+            of the step and has to keep up with the others.
     """
 
     user_index: Tensor
@@ -42,10 +44,34 @@ class SequenceBatch:
     cut: Tensor
     history: Tensor
     first_target: Tensor
+    borrowed: bool = False
 
     def to(self, device: torch.device) -> "SequenceBatch":
         """The same batch on a device."""
-        return SequenceBatch(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
+        names = [field.name for field in fields(self) if field.name != "borrowed"]
+        return replace(self, **{name: getattr(self, name).to(device) for name in names})
+
+    def split(self, parts: int) -> list["SequenceBatch"]:
+        """The same rows in so many batches, as equal as they can be; each keeps their order."""
+        if parts == 1:
+            return [self]
+        rows = [self._row(row) for row in range(len(self.user_index))]
+        sizes = torch.arange(len(rows)).tensor_split(parts)
+        return [collate([rows[row] for row in part.tolist()]) for part in sizes]
+
+    def _row(self, row: int) -> dict[str, Any]:
+        """As `SequenceDataset` gives it."""
+        start, length = int(self.sequences.starts[row]), int(self.sequences.lengths[row])
+        items, end = self.sequences.item_ids.numpy(), start + length
+        history = self.history[row]
+        return {
+            "user": int(self.user_index[row]),
+            "window": np.append(items[start:end], self.target_ids[end - 1].numpy()),
+            "cut": int(self.cut[row]) - start,
+            "history": history[history != PADDING].numpy(),
+            "first_target": int(self.first_target[row]),
+            "borrowed": self.borrowed,
+        }
 
     @property
     def cut_target(self) -> Tensor:
@@ -101,8 +127,8 @@ class SequenceDataset(Dataset):
     def __len__(self) -> int:
         return len(self.users)
 
-    def __getitem__(self, key: tuple[int, int]) -> dict[str, np.ndarray | int]:
-        user, epoch = key
+    def __getitem__(self, key: tuple[int, int] | tuple[int, int, bool]) -> dict[str, Any]:
+        user, epoch, *borrowed = key
         items = self.data.train_history(user)
         draw = random.Random(f"{self.seed} {epoch} {user}")
         start = max(0, len(items) - self.max_length - 1)
@@ -116,6 +142,7 @@ class SequenceDataset(Dataset):
             "cut": cut,
             "history": items[: start + cut + 1],
             "first_target": int(self.data.offsets[user]) + start + 1,
+            "borrowed": any(borrowed),
         }
 
 
@@ -131,14 +158,16 @@ def collate(rows: list[dict]) -> SequenceBatch:
         cut=sequences.starts + torch.tensor([row["cut"] for row in rows]),
         history=left_pad([row["history"] for row in rows]),
         first_target=torch.tensor([row["first_target"] for row in rows]),
+        borrowed=any(row.get("borrowed", False) for row in rows),
     )
 
 
-class EpochSampler(Sampler[list[tuple[int, int]]]):
+class EpochSampler(Sampler[list[tuple[int, int] | tuple[int, int, bool]]]):
     """Batches of (user, epoch) keys; knows where it stands, so that a run can go on there.
 
     Every process walks the same global batches and takes its own rows of each: one batch is one
-    optimizer step of the whole run, however many processes share it.
+    optimizer step of the whole run, however many processes share it. A process that has no row of
+    a short last batch gets one that is another's, as (user, epoch, True).
 
     Args:
         users: Users to visit once an epoch.
@@ -161,9 +190,8 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
 
     @property
     def steps_per_epoch(self) -> int:
-        """Batches an epoch. The last one may be short, but never has fewer rows than processes."""
-        full, rest = divmod(len(self.users), self.batch_size)
-        return full + (rest >= self.world_size)
+        """Batches an epoch; the last one may be short."""
+        return -(-len(self.users) // self.batch_size)
 
     def start_at(self, epoch: int, step: int = 0) -> None:
         """Iterate next over `epoch`, from its batch `step` on."""
@@ -172,11 +200,12 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
     def __len__(self) -> int:
         return self.steps_per_epoch - self.first_step
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+    def __iter__(self) -> Iterator[list[tuple[int, int] | tuple[int, int, bool]]]:
         order = np.random.default_rng((self.seed, self.epoch)).permutation(self.users)
         for step in range(self.first_step, self.steps_per_epoch):
             batch = order[step * self.batch_size : (step + 1) * self.batch_size]
-            yield [(user, self.epoch) for user in batch[self.rank :: self.world_size].tolist()]
+            own = batch[self.rank :: self.world_size].tolist()
+            yield [(user, self.epoch) for user in own] or [(int(batch[0]), self.epoch, True)]
 
 
 def make_loader(dataset: SequenceDataset, sampler: EpochSampler) -> DataLoader:

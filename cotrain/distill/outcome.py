@@ -10,9 +10,10 @@ from cotrain import config as configuration
 from cotrain.config import Config
 from cotrain.data.interactions import InteractionData
 from cotrain.data.splits import SPLITS, Split
+from cotrain.distill.learner import Learner, fork_control
 from cotrain.distill.loop import Run
 from cotrain.distill.meters import TeacherMeter
-from cotrain.distill.state import CotrainState, Learner, fork_control
+from cotrain.distill.state import CotrainState
 from cotrain.errors import DataError
 from cotrain.evaluation.card import card_facts
 from cotrain.evaluation.compare import paired_bootstrap
@@ -27,10 +28,8 @@ from cotrain.evaluation.slices import slice_table, slices_of
 from cotrain.rationale.agreement import measure_agreement
 from cotrain.rationale.explain import Explainer
 from cotrain.rationale.head import FOLDER as HEAD
-from cotrain.rationale.head import RationaleHead
 from cotrain.runtime import tracking
 from cotrain.student.recommender import Recommender
-from cotrain.student.sasrec import SASRec
 
 # Evaluations by model and split.
 Found = dict[str, dict[Split, Evaluation]]
@@ -41,13 +40,12 @@ def finish(state: CotrainState, run: Run) -> dict[str, Any]:
     config, accelerator, folder = run.config, run.accelerator, run.folder
     # Where max_steps came before the teacher or the rationales did.
     if config.distills and config.train.control and state.control is None:
-        state.control = fork_control(state, config, accelerator)
+        state.control = fork_control(state.student)
     found: Found = {}
     for learner in state.learners:
-        learner.restore_best(accelerator)
-        model = accelerator.unwrap_model(learner.model)
+        learner.restore_best()
         found[learner.name] = {
-            split: evaluate(model, run.data, split, config.eval.batch_size, accelerator)
+            split: evaluate(learner.bare, run.data, split, config.eval.batch_size, accelerator)
             for split in SPLITS
         }
     meter = state.meter.merge(tracking.gather(state.meter.state_dict()))
@@ -143,12 +141,9 @@ def _agreement(state: CotrainState, run: Run) -> dict[str, Any] | None:
 
     agreement = {}
     for learner in state.learners:
-        model = run.accelerator.unwrap_model(learner.model)
-        head = run.accelerator.unwrap_model(learner.head)
-        assert isinstance(model, SASRec)
-        assert isinstance(head, RationaleHead)
-        recommender = Recommender(model, run.data.catalog)
-        explainer = Explainer(recommender, head, run.rationales.matched, run.data)
+        assert learner.head is not None  # made where there are rationales
+        recommender = Recommender(learner.bare, run.data.catalog)
+        explainer = Explainer(recommender, learner.head, run.rationales.matched, run.data)
         try:
             found = measure_agreement(explainer, seed=run.config.seed)
         except DataError:  # no test user whose items have a category, or all rationales are theirs
@@ -179,7 +174,7 @@ def _results(learner: Learner, found: Found, data: InteractionData) -> dict[str,
         "test": metrics_from_ranks(of_learner["test"].ranks),
         "recommended": recommendation_metrics(of_learner["test"].recommended, data.train_counts),
         "best_epoch": learner.best_epoch,
-        "parameters": sum(p.numel() for p in learner.model.parameters()),
+        "parameters": sum(p.numel() for p in learner.bare.parameters()),
     }
 
 
@@ -290,15 +285,11 @@ def _export(shipped: Learner, found: Found, run: Run, report: dict[str, Any]) ->
     evaluated."""
     target = run.folder / "student"
     shutil.rmtree(target, ignore_errors=True)
-    model = run.accelerator.unwrap_model(shipped.model)
-    assert isinstance(model, SASRec)
-    Recommender(model, run.data.catalog).save_pretrained(
+    Recommender(shipped.bare, run.data.catalog).save_pretrained(
         target, model_card_kwargs=card_facts(json_ready(report))
     )
     if run.rationales is not None and shipped.head is not None:
-        head = run.accelerator.unwrap_model(shipped.head)
-        assert isinstance(head, RationaleHead)
-        head.save(run.folder / HEAD, {"store": run.rationales.facts(run.data)["store"]})
+        shipped.head.save(run.folder / HEAD, {"store": run.rationales.facts(run.data)["store"]})
     table = pl.DataFrame({"user_id": run.data.user_ids})
     for name, of_learner in found.items():
         for split, evaluation in of_learner.items():

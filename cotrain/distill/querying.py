@@ -1,13 +1,18 @@
-"""Which rows ask the teacher, and how much each verdict counts."""
+"""Which rows ask the teacher, which process answers them, and how much each verdict counts."""
 
+import heapq
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from torch import Tensor
 
 from cotrain.data.batches import SequenceBatch
+from cotrain.runtime.tracking import gather
 from cotrain.student.retrieval import Candidates
 from cotrain.teacher.ranker import RankLLM
 from cotrain.teacher.verdict import TeacherVerdict
@@ -34,6 +39,16 @@ class RandomQuery:
             order = np.random.default_rng((self.seed, epoch, 1)).permutation(self.users)
             self._drawn = (epoch, order[: self.rows_per_epoch])
         return torch.from_numpy(np.isin(user_index.cpu().numpy(), self._drawn[1]))
+
+
+class Question(NamedTuple):
+    """A row for the teacher: items of its history, its K candidates, the seed of the order in which
+    they are shown, and the student's scores of them."""
+
+    history: list[int]
+    candidates: list[int]
+    seed: tuple[int, ...]
+    scores: list[float]
 
 
 @dataclass(frozen=True)
@@ -67,7 +82,7 @@ class Teacher:
             candidates.item_ids[complete].tolist(),
             [(self.seed, 4, int(row)) for row in complete],
             progress,
-            **self._scores(candidates, complete),
+            **self._scores(candidates.scores[complete].tolist()),
         )
 
     def ask(
@@ -75,23 +90,76 @@ class Teacher:
     ) -> tuple[TeacherVerdict, Tensor]:
         """Verdict on the rows of a CPU batch that ask in this epoch, spread over the whole batch,
         and the (B,) bool of those rows. A row with fewer than K unseen items is not asked but
-        counted as failed."""
+        counted as failed. A collective; counts and seconds are of the rows that this process
+        ranked, for whichever process."""
         chosen = self.query.choose(batch.user_index, epoch)
+        if batch.borrowed:
+            chosen = torch.zeros_like(chosen)
         asked = chosen & candidates.complete
         rows = asked.nonzero().flatten()
-        histories = [batch.history[row][batch.history[row] != 0].tolist() for row in rows]
-        verdict = self.ranker.rank(
-            histories,
-            candidates.item_ids[rows].tolist(),
-            [(self.seed, epoch, int(batch.user_index[row])) for row in rows],
-            **self._scores(candidates, rows),
-        )
+        own = [
+            Question(
+                batch.history[row][batch.history[row] != 0].tolist(),
+                candidates.item_ids[row].tolist(),
+                (self.seed, epoch, int(batch.user_index[row])),
+                candidates.scores[row].tolist(),
+            )
+            for row in rows.tolist()
+        ]
+        verdict = self._answer(own)
         if too_few := int((chosen & ~candidates.complete).sum()):
             verdict.failures["too_few_candidates"] += too_few
         return verdict.spread(rows, len(chosen)), chosen
 
-    def _scores(self, candidates: Candidates, rows: Tensor) -> dict[str, Any]:
-        return {"scores": candidates.scores[rows].tolist()} if self.passes_scores else {}
+    def _answer(self, own: list[Question]) -> TeacherVerdict:
+        """Verdict on this process's questions. All processes pool theirs and take equal shares by
+        prompt length, for a step lasts as long as its slowest process."""
+        processes = PartialState()
+        if processes.num_processes == 1:
+            return self._rank(own)
+        lengths = [self._prompt_tokens(question) for question in own]
+        pooled = gather((own, lengths))
+        questions = [question for asked, _ in pooled for question in asked]
+        shares = equal_shares([n for _, tokens in pooled for n in tokens], len(pooled))
+        verdict = self._rank([questions[place] for place in shares[processes.process_index]])
+        if not questions:
+            return verdict
+        # Where in the answers, one process's after another's, each of the questions is.
+        place_of = {place: n for n, place in enumerate(itertools.chain(*shares))}
+        first = sum(len(asked) for asked, _ in pooled[: processes.process_index])
+        mine = [place_of[first + n] for n in range(len(own))]
+        return verdict.with_rows(gather(verdict), torch.tensor(mine, dtype=torch.int64))
+
+    def _rank(self, questions: Sequence[Question]) -> TeacherVerdict:
+        return self.ranker.rank(
+            [question.history for question in questions],
+            [question.candidates for question in questions],
+            [question.seed for question in questions],
+            **self._scores([question.scores for question in questions]),
+        )
+
+    def _prompt_tokens(self, question: Question) -> int:
+        prompts = self.ranker.prompts
+        return len(prompts.build(question.history, question.candidates[: prompts.num_shown]))
+
+    def _scores(self, scores: list[list[float]]) -> dict[str, Any]:
+        return {"scores": scores} if self.passes_scores else {}
+
+
+def equal_shares(costs: Sequence[float], count: int) -> list[list[int]]:
+    """Indices of `costs` in `count` shares of about the same sum, the same whoever asks.
+
+    The dearest first, each to the share that has least: at most a third above the best there is.
+
+    Source: Graham, "Bounds on Multiprocessing Timing Anomalies", 1969.
+    """
+    shares: list[list[int]] = [[] for _ in range(count)]
+    heap = [(0.0, share) for share in range(count)]
+    for place in sorted(range(len(costs)), key=lambda place: (-costs[place], place)):
+        total, share = heapq.heappop(heap)
+        shares[share].append(place)
+        heapq.heappush(heap, (total + costs[place], share))
+    return shares
 
 
 def verdict_weight(verdict: TeacherVerdict, confidence: str) -> Tensor:

@@ -5,8 +5,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor
 
 from cotrain.config import DistillConfig
 from cotrain.data.batches import SequenceBatch
@@ -48,15 +47,11 @@ class Rationales:
     Args:
         matched: Rationales, each at its place in the data.
         settings: λ_rdr and the form.
-        accelerator: Unwraps heads.
     """
 
-    def __init__(
-        self, matched: MatchedRationales, settings: DistillConfig, accelerator: Accelerator
-    ):
+    def __init__(self, matched: MatchedRationales, settings: DistillConfig):
         self.matched = matched
         self.settings = settings
-        self._accelerator = accelerator
 
     def facts(self, data: InteractionData) -> dict[str, Any]:
         """What they are, for the report."""
@@ -74,29 +69,28 @@ class Rationales:
         }
 
     def of_batch(self, batch: SequenceBatch, device: torch.device) -> Found:
-        """What a CPU batch has, on a device."""
+        """What a CPU batch has, on a device; nothing where its row is borrowed."""
         rows = self.matched.find(batch.target_places.numpy())
-        positions = (rows >= 0).nonzero()[0]
+        positions = (rows >= 0).nonzero()[0][: 0 if batch.borrowed else None]
         vectors = self.matched.store.vectors(rows[positions])
         return torch.from_numpy(positions).to(device), vectors.to(device)
 
     def terms(
-        self, head: nn.Module | None, states: Tensor, found: Found, weight: float
+        self, head: RationaleHead | None, states: Tensor, found: Found, weight: float
     ) -> RationaleTerms:
-        """Losses of a model's states.
+        """Losses of a model's states. Only `gram` compares rows with each other, those that one
+        forward pass takes; so it depends a little on processes and accumulation steps.
 
         Args:
-            head: W_r of the model, as prepared; called once whatever was found, because processes
-                must agree on what is called.
+            head: W_r of the model; called once whatever was found, because processes must agree on
+                what has a gradient.
             states: (N, D) of all positions of the batch.
             found: Of the same batch.
             weight: λ_rdr, or 0: the states are left alone.
         """
         assert head is not None  # made where there are rationales
         positions, vectors = found
-        bare = self._accelerator.unwrap_model(head)
-        assert isinstance(bare, RationaleHead)
-        targets, own = bare.targets(vectors), states[positions]
+        targets, own = head.targets(vectors), states[positions]
         relational = self.settings.rdr_form == "gram"
         # λ weighs what reaches the student, not how fast the head learns.
         head_sum = cosine_sum(head(scaled_gradient(own, 0 if relational else weight)), targets)

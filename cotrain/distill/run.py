@@ -25,7 +25,8 @@ from cotrain.distill.rationales import Rationales
 from cotrain.distill.state import CotrainState, new_state, restore_checkpoint
 from cotrain.errors import CheckpointError, ConfigError, DataError, TeacherError
 from cotrain.rationale.store import RationaleStore
-from cotrain.runtime import checkpoint, tracking
+from cotrain.runtime import checkpoint, tracking, zero
+from cotrain.runtime.processes import make_accelerator
 from cotrain.runtime.seeding import seed_everything
 from cotrain.student.losses import make_loss
 from cotrain.teacher.backbone import load_backbone
@@ -43,7 +44,8 @@ def open_folder(config: Config) -> Config:
         The settings with `output_dir` filled in; that folder is not yet made.
 
     Raises:
-        ConfigError: The folder holds a run already, or something that is not a run.
+        ConfigError: The folder holds a run already, or something that is not a run, or may not be
+            written.
     """
     if config.output_dir is None:
         stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
@@ -56,6 +58,12 @@ def open_folder(config: Config) -> Config:
         raise ConfigError(
             f"output_dir {folder} holds {has} already and nothing is overwritten. Choose another "
             f"--output_dir, or go on with an interrupted run by --resume {folder}."
+        )
+    above = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        what = "is read-only" if above.is_dir() else "is a file"
+        raise ConfigError(
+            f"output_dir {folder} cannot be made: {above} {what}. Choose another --output_dir."
         )
     return config
 
@@ -102,7 +110,12 @@ def run(config: Config, resume: bool = False) -> dict[str, Any]:
 def prepare(config: Config, resume: bool = False) -> tuple[CotrainState, Run]:
     """Everything before the first step; arguments and errors as for `run`."""
     # The folder is set below, once the processes can talk; a tracker asks for one already here.
-    accelerator = Accelerator(log_with="tensorboard", project_dir=".")
+    accelerator = make_accelerator(log_with="tensorboard", project_dir=".")
+    if zero.stage(accelerator) and config.train.item_updates == "lazy":
+        raise ConfigError(
+            "train.item_updates is lazy, whose sparse gradients DeepSpeed cannot shard. Set "
+            "train.item_updates all, or launch with accelerate_configs/multi_gpu.yaml."
+        )
     if config.train.batch_size < accelerator.num_processes:
         raise ConfigError(
             f"train.batch_size is {config.train.batch_size} for {accelerator.num_processes} "
@@ -116,7 +129,7 @@ def prepare(config: Config, resume: bool = False) -> tuple[CotrainState, Run]:
     folder = Path(str(config.output_dir))
     accelerator.project_configuration.logging_dir = str(folder)
     tracking.use_all_cores(int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    seed_everything(config.seed, accelerator.process_index)
+    seed_everything(config.seed)  # on every process alike, until the models are made
     say = accelerator.print
     with accelerator.main_process_first():  # one process downloads, the others find it
         data = load_interactions(config.data)
@@ -127,7 +140,7 @@ def prepare(config: Config, resume: bool = False) -> tuple[CotrainState, Run]:
     for note in data.notes:
         say(f"  {note}")
     check_against_data(config, data, accelerator.num_processes)
-    rationales = open_rationales(config, data, accelerator, say)
+    rationales = open_rationales(config, data, say)
     teacher, teacher_size = None, None
     if config.teacher.model is not None:
         with accelerator.main_process_first():
@@ -144,9 +157,11 @@ def prepare(config: Config, resume: bool = False) -> tuple[CotrainState, Run]:
         data.num_items, teacher_size, config, accelerator, item_text,
         None if rationales is None else rationales.matched,
     )  # fmt: skip
+    if accelerator.process_index:
+        seed_everything(config.seed, accelerator.process_index)
     log_bytes = 0
     if resume:
-        log_bytes = restore_checkpoint(state, folder, config, accelerator)
+        log_bytes = restore_checkpoint(state, folder, accelerator)
         if teacher is not None:
             teacher.ranker.identifier_bias = state.identifier_bias
         say(f"Resuming {folder} at step {state.step}")
@@ -158,9 +173,7 @@ def prepare(config: Config, resume: bool = False) -> tuple[CotrainState, Run]:
     return state, Run(config, data, teacher, rationales, loss, accelerator, log, folder)
 
 
-def open_rationales(
-    config: Config, data: InteractionData, accelerator: Accelerator, say: Any
-) -> Rationales | None:
+def open_rationales(config: Config, data: InteractionData, say: Any) -> Rationales | None:
     """The rationales that the settings name, each found in the training data.
 
     Raises:
@@ -169,7 +182,7 @@ def open_rationales(
     if config.distill.rationales is None:
         return None
     matched = RationaleStore.open(Path(config.distill.rationales)).match(data)
-    rationales = Rationales(matched, config.distill, accelerator)
+    rationales = Rationales(matched, config.distill)
     facts = rationales.facts(data)
     say(
         f"Rationales: {facts['rows']:,} for {facts['users']:,} of {data.num_users:,} users, "
@@ -337,7 +350,7 @@ def say_plan(
 ) -> None:  # fmt: skip
     """Print what follows from the settings before the time is spent."""
     train = config.train
-    parameters = sum(p.numel() for p in state.student.model.parameters())
+    parameters = sum(p.numel() for p in state.student.bare.parameters())
     start = f", items start from {config.student.item_text}" if config.student.item_text else ""
     say(f"Student: SASRec, {parameters / 1e6:.2f} M parameters{start}")
     plan = f"Plan: {train.epochs} epochs of {train.loss}, without a teacher"

@@ -1,8 +1,6 @@
 """All that changes over a run: made, forked, written to a checkpoint and restored from one."""
 
-import copy
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,56 +8,19 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
-from torch import Tensor, nn
+from torch import Tensor
 
 from cotrain.config import Config
 from cotrain.distill.alignment import Projector
+from cotrain.distill.learner import Learner, fork_control, make_learner
 from cotrain.distill.meters import TeacherMeter
 from cotrain.errors import CheckpointError
 from cotrain.rationale.head import new_head
 from cotrain.rationale.store import MatchedRationales
-from cotrain.runtime import checkpoint, tracking
+from cotrain.runtime import checkpoint, tracking, zero
 from cotrain.runtime.seeding import all_states, set_all_states
 from cotrain.student.item_text import start_from_text
-from cotrain.student.optimizer import LazyAdamW
 from cotrain.student.sasrec import SASRec
-
-
-@dataclass
-class Learner:
-    """A model with what trains it, and its best state on validation so far.
-
-    Attributes:
-        head: W_r from its states to rationales; None without rationales. The control has one too,
-            which leaves it alone: it finds reasons for what a model recommends that never saw any.
-    """
-
-    name: str
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
-    head: nn.Module | None = None
-    best_metric: float = -1.0
-    best_epoch: int = 0
-    best_weights: dict[str, Tensor] = field(default_factory=dict)
-    best_head: dict[str, Tensor] = field(default_factory=dict)
-
-    def consider(self, metric: float, epoch: int, accelerator: Accelerator) -> None:
-        """Keep a copy of the weights if their validation metric is the best so far."""
-        if metric > self.best_metric:
-            self.best_metric, self.best_epoch = metric, epoch
-            self.best_weights = _copy_of(accelerator.unwrap_model(self.model))
-            if self.head is not None:
-                self.best_head = _copy_of(accelerator.unwrap_model(self.head))
-
-    def restore_best(self, accelerator: Accelerator) -> None:
-        """Go back to the best weights."""
-        accelerator.unwrap_model(self.model).load_state_dict(self.best_weights)
-        if self.head is not None:
-            accelerator.unwrap_model(self.head).load_state_dict(self.best_head)
-
-
-def _copy_of(model: nn.Module) -> dict[str, Tensor]:
-    return {key: value.detach().cpu().clone() for key, value in model.state_dict().items()}
 
 
 @dataclass
@@ -67,8 +28,7 @@ class CotrainState:
     """Everything that changes over a run, and therefore everything that a checkpoint holds.
 
     Attributes:
-        student: Learns from data and teacher.
-        projector: W_p, optimised with the student; None without a teacher.
+        student: Learns from data and teacher; has the projector.
         control: The twin that learns from data only; None before the teacher starts.
         meter: What the teacher did.
         epoch: Epochs completed.
@@ -82,7 +42,6 @@ class CotrainState:
     """
 
     student: Learner
-    projector: nn.Module | None
     control: Learner | None
     meter: TeacherMeter
     epoch: int = 0
@@ -93,6 +52,11 @@ class CotrainState:
     identifier_bias: Tensor = field(default_factory=lambda: torch.zeros(0))
     lambda_rank: float = 0.0
     audits: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def projector(self) -> Projector | None:
+        """W_p, optimised with the student; None without a teacher."""
+        return self.student.projector
 
     @property
     def learners(self) -> list[Learner]:
@@ -137,15 +101,8 @@ def new_state(
             projector = Projector(teacher_size, settings.hidden_size)
         if rationales is not None:
             head = new_head(rationales, settings.hidden_size, config.distill.rdr_targets)
-    optimizer = make_optimizer([model, projector, head], config)
-    model, optimizer = accelerator.prepare(model, optimizer)
-    if projector is not None:
-        projector = accelerator.prepare(projector)
-    if head is not None:
-        head = accelerator.prepare(head)
     return CotrainState(
-        student=Learner("student", model, optimizer, head),
-        projector=projector,
+        student=make_learner("student", model, config, accelerator, projector, head),
         control=None,
         meter=TeacherMeter(config.teacher.num_candidates),
         identifier_bias=torch.zeros(config.teacher.num_shown),
@@ -161,45 +118,6 @@ def learning_rate(step: int, total_steps: int, config: Config) -> float:
     progress = (step - train.lr_warmup_steps) / max(1, total_steps - 1 - train.lr_warmup_steps)
     cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
     return train.learning_rate * (train.final_lr_ratio + (1 - train.final_lr_ratio) * cosine)
-
-
-def make_optimizer(modules: Sequence[nn.Module | None], config: Config) -> torch.optim.Optimizer:
-    """AdamW; the parameters of each module, the student first, are a group."""
-    groups = [{"params": list(module.parameters())} for module in modules if module is not None]
-    train = config.train
-    kind = LazyAdamW if train.item_updates == "lazy" else torch.optim.AdamW
-    return kind(
-        groups, lr=train.learning_rate, betas=(0.9, train.adam_beta2),
-        weight_decay=train.weight_decay, fused=train.item_updates == "all",
-    )  # fmt: skip
-
-
-def fork_control(state: CotrainState, config: Config, accelerator: Accelerator) -> Learner:
-    """The student's twin: same weights, head, optimizer state and best state so far."""
-    student = state.student
-    model = copy.deepcopy(accelerator.unwrap_model(student.model))
-    head = None
-    if student.head is not None:
-        head = copy.deepcopy(accelerator.unwrap_model(student.head))
-    optimizer = make_optimizer([model, head], config)
-    saved = student.optimizer.state_dict()
-    groups = [saved["param_groups"][0], *([saved["param_groups"][-1]] if head else [])]
-    # Where no step was taken yet there are none.
-    moments = {
-        index: saved["state"][index]
-        for group in groups
-        for index in group["params"]
-        if index in saved["state"]
-    }
-    optimizer.load_state_dict(copy.deepcopy({"state": moments, "param_groups": groups}))
-    model, optimizer = accelerator.prepare(model, optimizer)
-    if head is not None:
-        head = accelerator.prepare(head)
-    best = {key: value.clone() for key, value in student.best_weights.items()}
-    best_head = {key: value.clone() for key, value in student.best_head.items()}
-    return Learner(
-        "control", model, optimizer, head, student.best_metric, student.best_epoch, best, best_head
-    )
 
 
 _POSITION = (
@@ -223,32 +141,39 @@ def save_checkpoint(
     Raises:
         CheckpointError: On every process, if the disk refused.
     """
-    of_processes = tracking.gather(
-        {"random": all_states(accelerator.device), "meter": state.meter.state_dict()}
-    )
+    own: dict[str, Any] = {
+        "random": all_states(accelerator.device), "meter": state.meter.state_dict(),
+    }  # fmt: skip
+    for learner in state.learners:
+        learner.refresh()
+    if zero.stage(accelerator):
+        own["shards"] = {item.name: zero.shard_state(item.model) for item in state.learners}
+    of_processes = tracking.gather(own)
     failure: list[str | None] = [None]
     if accelerator.is_main_process:
         weights = {}
         if state.projector is not None:
-            weights["projector"] = accelerator.unwrap_model(state.projector).state_dict()
+            weights["projector"] = state.projector.state_dict()
         learners = {}
         for learner in state.learners:
-            weights[learner.name] = accelerator.unwrap_model(learner.model).state_dict()
+            weights[learner.name] = learner.bare.state_dict()
             if learner.best_weights:
                 weights[f"best_{learner.name}"] = learner.best_weights
             if learner.head is not None:
-                weights[f"{learner.name}_head"] = accelerator.unwrap_model(
-                    learner.head
-                ).state_dict()
+                weights[f"{learner.name}_head"] = learner.head.state_dict()
                 if learner.best_head:
                     weights[f"best_{learner.name}_head"] = learner.best_head
+            optimizers = {"beside": learner.beside_optimizer}
+            if not learner.sharded:
+                optimizers["model"] = learner.optimizer
             learners[learner.name] = {
-                "optimizer": learner.optimizer.state_dict(),
+                "optimizers": {key: one.state_dict() for key, one in optimizers.items() if one},
                 "best_metric": learner.best_metric,
                 "best_epoch": learner.best_epoch,
             }
         rest = {name: getattr(state, name) for name in _POSITION}
         rest |= {"learners": learners, "processes": of_processes, "log_bytes": log_bytes}
+        rest |= {"zero_stage": zero.stage(accelerator)}
         try:
             checkpoint.save(folder, state.step, weights, rest, config.train.keep_checkpoints)
         except CheckpointError as error:
@@ -258,16 +183,15 @@ def save_checkpoint(
         raise CheckpointError(failure[0])
 
 
-def restore_checkpoint(
-    state: CotrainState, folder: Path, config: Config, accelerator: Accelerator
-) -> int:
+def restore_checkpoint(state: CotrainState, folder: Path, accelerator: Accelerator) -> int:
     """Bring a fresh state to where the latest checkpoint of `folder` was.
 
     Returns:
         Length of metrics.jsonl at that time, in bytes.
 
     Raises:
-        CheckpointError: No usable checkpoint, or written by another number of processes.
+        CheckpointError: No usable checkpoint, or written by another number of processes, or with
+            another sharding.
     """
     weights, saved = checkpoint.load_latest(folder)
     if len(saved["processes"]) != accelerator.num_processes:
@@ -276,23 +200,34 @@ def restore_checkpoint(
             f"{accelerator.num_processes}; random states belong to processes. Launch it with "
             "the same number."
         )
-    if state.projector is not None:
-        accelerator.unwrap_model(state.projector).load_state_dict(weights["projector"])
+    if saved["zero_stage"] != zero.stage(accelerator):
+        kinds = ["without DeepSpeed", *(f"in DeepSpeed's ZeRO-{stage}" for stage in (1, 2, 3))]
+        raise CheckpointError(
+            f"{folder} was run {kinds[saved['zero_stage']]} and would be resumed "
+            f"{kinds[zero.stage(accelerator)]}; optimizer state is kept as it was sharded. Launch "
+            "it with the same accelerate file."
+        )
+    own = saved["processes"][accelerator.process_index]
     if "control" in saved["learners"]:
-        state.control = fork_control(state, config, accelerator)
+        state.control = fork_control(state.student)
     for learner in state.learners:
         facts = saved["learners"][learner.name]
-        accelerator.unwrap_model(learner.model).load_state_dict(weights[learner.name])
-        learner.optimizer.load_state_dict(facts["optimizer"])
+        learner.load_weights(weights[learner.name])
+        if learner.sharded:
+            zero.load_shard_state(learner.model, own["shards"][learner.name])
+        else:
+            learner.optimizer.load_state_dict(facts["optimizers"]["model"])
+        if learner.beside_optimizer is not None:
+            learner.beside_optimizer.load_state_dict(facts["optimizers"]["beside"])
+        if learner.projector is not None:
+            learner.projector.load_state_dict(weights["projector"])
         learner.best_metric, learner.best_epoch = facts["best_metric"], facts["best_epoch"]
         learner.best_weights = weights.get(f"best_{learner.name}", {})
         if learner.head is not None:
-            head = accelerator.unwrap_model(learner.head)
-            head.load_state_dict(weights[f"{learner.name}_head"])
+            learner.head.load_state_dict(weights[f"{learner.name}_head"])
             learner.best_head = weights.get(f"best_{learner.name}_head", {})
     for name in _POSITION:
         setattr(state, name, saved[name])
-    own = saved["processes"][accelerator.process_index]
     state.meter.load_state_dict(own["meter"])
     set_all_states(own["random"], accelerator.device)
     return saved["log_bytes"]

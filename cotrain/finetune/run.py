@@ -31,6 +31,7 @@ from cotrain.finetune.quality import metrics_of
 from cotrain.finetune.report import write_report
 from cotrain.finetune.tuning import Progress
 from cotrain.runtime import checkpoint, tracking
+from cotrain.runtime.processes import make_accelerator
 from cotrain.runtime.seeding import seed_everything
 from cotrain.student.recommender import Recommender
 from cotrain.teacher.backbone import load_backbone
@@ -206,7 +207,7 @@ def run(method: str, work: Method, mode: Mode, config: FinetuneConfig) -> dict[s
 
 def prepare(method: str, config: FinetuneConfig) -> Context:
     """Everything before the first step; errors as for `run`."""
-    accelerator = Accelerator(log_with="tensorboard", project_dir=".")
+    accelerator = make_accelerator(log_with="tensorboard", project_dir=".")
     folder = Path(config.output or f"teachers/{Path(config.data.name).name}-{method}")
     config = replace(config, output=str(folder))
     goes_on = open_folder(folder, config, method)

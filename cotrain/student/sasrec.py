@@ -34,12 +34,14 @@ class StudentOutput:
         user_state: (B, D) state at the batch's cut.
         loss_sum: () the training loss summed over all positions.
         n_targets: () int64, how many there are.
+        candidate_scores: (B, K) of the candidates that were given, by the state at the cut.
     """
 
     states: Tensor
     user_state: Tensor
     loss_sum: Tensor
     n_targets: Tensor
+    candidate_scores: Tensor | None = None
 
 
 def dropout(values: Tensor, probability: float, training: bool) -> Tensor:
@@ -199,12 +201,23 @@ class SASRec(
         sequences = sequences.to(self.item_vectors.device)
         return self.encode(sequences)[sequences.last]
 
-    def forward(self, batch: SequenceBatch, loss: TrainingLoss) -> StudentOutput:
-        """States and training loss at every position of a training batch."""
+    def forward(
+        self, batch: SequenceBatch, loss: TrainingLoss, candidate_ids: Tensor | None = None
+    ) -> StudentOutput:
+        """States and training loss at every position of a training batch, and the scores of (B, K)
+        candidates."""
         states = self.encode(batch.sequences)
-        return StudentOutput(
+        output = StudentOutput(
             states=states,
             user_state=states[batch.cut],
             loss_sum=loss(states, self.item_embedding, batch.target_ids),
             n_targets=torch.tensor(len(states), device=states.device),
         )
+        if candidate_ids is not None:
+            # Computed again although retrieval did, because that keeps no graph.
+            with torch.autocast(states.device.type, enabled=False):
+                item_vectors = self.item_embedding(candidate_ids)  # (B, K, D)
+                output.candidate_scores = torch.einsum(
+                    "bd,bkd->bk", output.user_state.to(item_vectors.dtype), item_vectors
+                )
+        return output

@@ -62,16 +62,28 @@ class TeacherVerdict:
     def spread(self, rows: Tensor, size: int) -> "TeacherVerdict":
         """The same verdict in a batch of `size`, of which only `rows` were asked."""
         spread = {}
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, Tensor):
-                full = value.new_zeros(size, *value.shape[1:])
-                full[rows] = value
-                spread[field.name] = full
+        for name, value in self._tensors().items():
+            full = value.new_zeros(size, *value.shape[1:])
+            full[rows] = value
+            spread[name] = full
         reasonings = [""] * size if self.reasonings else []
         for row, text in zip(rows.tolist(), self.reasonings, strict=False):
             reasonings[row] = text
         return dataclasses.replace(self, **spread, reasonings=reasonings)
+
+    def with_rows(self, parts: Sequence["TeacherVerdict"], rows: Tensor) -> "TeacherVerdict":
+        """The counts of this verdict, over `rows` of other verdicts one after another."""
+        taken = {
+            name: torch.cat([getattr(part, name) for part in parts])[rows]
+            for name in self._tensors()
+        }
+        reasonings = [text for part in parts for text in part.reasonings]
+        reasonings = [reasonings[row] for row in rows.tolist()] if reasonings else []
+        return dataclasses.replace(self, **taken, reasonings=reasonings)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {name: value for name, value in values.items() if isinstance(value, Tensor)}
 
 
 def ranks_of(scores: Tensor) -> Tensor:

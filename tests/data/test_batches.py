@@ -335,22 +335,51 @@ def test_processes_partition_every_global_batch(count, batch_size, world_size, e
     # All processes take the same number of steps: one more would wait for the others for ever.
     assert len({len(share) for share in shares}) == 1
     steps = len(shares[0])
+    assert steps == len(whole)
     for step in range(steps):
-        rows = [row for share in shares for row in share[step]]
+        rows = [row for share in shares for row in share[step] if len(row) == 2]
         assert sorted(rows) == sorted(whole[step])
         assert {key[1] for key in rows} == {epoch}
-    # What is left over is less than one row a process.
-    assert len(whole) - steps in (0, 1)
-    if steps < len(whole):
-        assert len(whole[-1]) < world_size
+        # Who has no row keeps up with one of another's, which is marked.
+        for share in (share[step] for share in shares if len(share[step][0]) == 3):
+            assert share == [(*whole[step][0], True)]
+            assert len(whole[step]) < world_size
 
 
 @pytest.mark.parametrize(
     ("count", "batch_size", "world_size", "steps"),
-    [(10, 5, 1, 2), (11, 5, 1, 3), (11, 5, 2, 2), (12, 5, 2, 3), (4, 5, 1, 1), (943, 64, 2, 15)],
+    [(10, 5, 1, 2), (11, 5, 1, 3), (11, 5, 2, 3), (12, 5, 2, 3), (4, 5, 1, 1), (943, 64, 2, 15)],
 )
 def test_steps_per_epoch_with_a_short_last_batch(count, batch_size, world_size, steps):
     sampler = EpochSampler(np.arange(count), batch_size, 0, 0, world_size)
     assert sampler.steps_per_epoch == len(list(sampler)) == steps
     sampler.start_at(0, steps)
     assert len(sampler) == len(list(sampler)) == 0
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3, 8])
+def test_a_batch_in_parts_has_the_same_rows(ml100k, parts):
+    batch = epoch_of(ml100k, 0)[0]
+    pieces = batch.split(parts)
+    assert len(pieces) == parts
+    sizes = [len(piece.user_index) for piece in pieces]
+    assert max(sizes) - min(sizes) <= 1
+    for name in ("user_index", "first_target", "cut_target"):
+        together = torch.cat([getattr(piece, name) for piece in pieces])
+        assert together.equal(getattr(batch, name))
+    for name in ("target_ids", "target_places"):
+        together = torch.cat([getattr(piece, name) for piece in pieces])
+        assert together.sort().values.equal(getattr(batch, name).sort().values)
+    histories = [row[row != 0].tolist() for piece in pieces for row in piece.history]
+    assert histories == [row[row != 0].tolist() for row in batch.history]
+
+
+def test_a_borrowed_row_stays_borrowed(ml100k):
+    users = ml100k.trained_users[:3]
+    dataset = SequenceDataset(ml100k, 50, 0)
+    own, other = (
+        next(iter(make_loader(dataset, EpochSampler(users[:1], 4, 0, rank, 2)))) for rank in (0, 1)
+    )
+    assert (own.borrowed, other.borrowed) == (False, True)
+    assert own.user_index.equal(other.user_index)
+    assert other.to(torch.device("cpu")).borrowed

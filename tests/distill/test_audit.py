@@ -82,7 +82,7 @@ def test_blends_do_not_depend_on_the_scale_of_the_scores(rows: tuple):
 
 def test_rows_are_of_users_whose_candidates_hold_what_they_took(prepared: Prepare):
     state, run = prepared()
-    model = run.accelerator.unwrap_model(state.student.model)
+    model = state.student.bare
     data = run.data
     rows = audit_rows(model, data, 600, 25, seed=0)
     assert model.training
@@ -104,7 +104,7 @@ def test_where_no_candidate_is_right_there_is_nothing_to_audit(
     prepared: Prepare, monkeypatch: pytest.MonkeyPatch
 ):
     state, run = prepared()
-    model = run.accelerator.unwrap_model(state.student.model)
+    model = state.student.bare
     monkeypatch.setattr(type(run.data), "target", lambda self, user, split: 0)
     with pytest.raises(DataError, match=r"none has the true item .*distill.audit off"):
         audit_rows(model, run.data, 5, 25, seed=0)
@@ -146,7 +146,7 @@ def test_a_weight_that_follows_the_audit_needs_one():
 def test_the_teacher_is_asked_about_each_row_once(prepared: Prepare):
     state, run = prepared()
     assert run.teacher is not None
-    model = run.accelerator.unwrap_model(state.student.model)
+    model = state.student.bare
     rows = audit_rows(model, run.data, 900, 10, seed=0)
     # The true item and the four behind it: the tiny teacher is of five.
     near = torch.from_numpy(rows.places)[:, None] + torch.arange(5)

@@ -1,7 +1,9 @@
 """The co-training step: what learns from what, and what must not."""
 
 import hashlib
+import math
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -13,12 +15,14 @@ from torch import nn
 
 from cotrain.config import parse
 from cotrain.data.batches import EpochSampler, SequenceBatch, SequenceDataset, make_loader
-from cotrain.distill.loop import Interrupted, Pace, Run, cotrain_step, fit
+from cotrain.distill.loop import Interrupted, Pace, Run, fit
 from cotrain.distill.losses import listnet_sum
 from cotrain.distill.outcome import finish
 from cotrain.distill.querying import Teacher
 from cotrain.distill.run import prepare
 from cotrain.distill.state import CotrainState, learning_rate, new_state, restore_checkpoint
+from cotrain.distill.step import cotrain_step
+from cotrain.errors import CheckpointError
 from cotrain.student.item_text import TEXT_STD, principal_components
 from cotrain.student.retrieval import retrieve
 from cotrain.teacher.ranker import RankLLM
@@ -207,7 +211,7 @@ def test_a_run_resumed_at_its_last_step_still_validates_it(prepared: Prepare, ma
     fit(state, run)
     assert state.step == int(last)
     again = new_state(run.data.num_items, 32, run.config, run.accelerator)
-    restore_checkpoint(again, run.folder, run.config, run.accelerator)
+    restore_checkpoint(again, run.folder, run.accelerator)
     assert again.step == int(last)
     fit(again, run)
     assert again.step == int(last)
@@ -287,6 +291,72 @@ def test_an_interrupted_run_ends_to_the_bit_like_one_left_alone(
     assert again.step == 6
     fit(again, resumed)
     assert (fingerprint(again.student.model), results(again, resumed)) == undisturbed
+
+
+# ---- faults -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cause", ["non_finite", "out_of_memory"])
+def test_a_teacher_that_breaks_in_the_middle_is_counted_and_the_students_learn_on(
+    prepared: Prepare, cause: str
+):
+    state, run = prepared()
+    calls = 0
+
+    def broken(module: nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        if calls < 5:
+            return output
+        if cause == "out_of_memory":
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return torch.full_like(output, torch.nan)
+
+    teacher_of(run).ranker.backbone.model.get_submodule("model.norm").register_forward_hook(broken)
+    fit(state, run)
+    totals = state.meter.totals
+    assert 0 < totals["rows_valid"] < totals["rows_asked"]
+    assert state.meter.failures == {cause: totals["rows_asked"] - totals["rows_valid"]}
+    rows = [row for row in run.log.rows() if "loss" in row]
+    assert len(rows) == 12
+    assert all(math.isfinite(row["loss"]) for row in rows)
+    # A step without a verdict is one of cross-entropy.
+    assert rows[-1]["teacher_rows"] == 0
+    assert "loss_rank" not in rows[-1]
+    assert rows[-1]["loss"] == rows[-1]["loss_ce"]
+
+
+def test_nobody_goes_on_from_a_checkpoint_that_was_tampered_with(prepared: Prepare):
+    state, run = prepared("--train.max_steps", "4", "--train.checkpoint_every_steps", "2")
+    fit(state, run)
+    latest = run.folder / "checkpoints" / "step_4"
+    weights = latest / "student.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"step_4 was changed .*\(student\.safetensors\)"):
+        prepare(run.config, resume=True)
+    shutil.rmtree(latest)  # as the message says
+    assert prepare(run.config, resume=True)[0].step == 2
+
+
+# ---- in parts -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("parts", ["2", "5"])
+def test_a_step_in_parts_is_the_same_step(prepared: Prepare, parts: str):
+    steps = []
+    for count in ("1", parts):
+        options = ["--student.dropout", "0", "--train.warmup_epochs", "0", "--query.fraction", "1"]
+        state, run = prepared(*options, "--train.accumulation_steps", count)
+        batch = one_batch(run)
+        report = cotrain_step(state, batch, run.teacher, run.loss, run.config, run.accelerator)
+        steps.append((report, state.student.bare.state_dict()))
+    (one, weights), (other, others) = steps
+    assert one == pytest.approx(other, rel=1e-5)
+    for name, value in weights.items():
+        # Adam's first step is the learning rate, 0.001, even where the gradient is almost zero.
+        torch.testing.assert_close(others[name], value, atol=1e-4, rtol=0)
 
 
 # ---- item text ----------------------------------------------------------------------------------

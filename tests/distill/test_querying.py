@@ -5,9 +5,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from cotrain.data.batches import SequenceBatch
-from cotrain.distill.querying import RandomQuery, Teacher, verdict_weight
+from cotrain.distill.querying import RandomQuery, Teacher, equal_shares, verdict_weight
 from cotrain.student.retrieval import Candidates
 from cotrain.teacher.verdict import TeacherVerdict
 
@@ -89,3 +91,19 @@ def test_scores_go_with_the_rows_that_ask_where_they_are_wanted(passes_scores: b
     for rows, more in asked:
         assert rows[1] == [[1, 2], [3, 4], [1, 3]]
         assert more == expected
+
+
+@given(costs=st.lists(st.integers(1, 500), max_size=40), count=st.integers(1, 5))
+def test_shares_hold_everything_once_and_weigh_alike(costs: list[int], count: int):
+    shares = equal_shares(costs, count)
+    assert len(shares) == count
+    assert sorted(place for share in shares for place in share) == list(range(len(costs)))
+    sums = [sum(costs[place] for place in share) for share in shares]
+    # Whoever has most was the lightest before it got its last row.
+    assert max(sums) - min(sums) <= max(costs, default=0)
+
+
+def test_shares_are_the_same_for_everybody_also_among_equals():
+    assert equal_shares([5, 5, 5, 5], 2) == [[0, 2], [1, 3]]
+    assert equal_shares([1, 9, 2, 8], 2) == [[1, 0], [3, 2]]
+    assert equal_shares([], 3) == [[], [], []]

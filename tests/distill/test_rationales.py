@@ -12,11 +12,12 @@ import torch
 from cotrain.config import parse
 from cotrain.data.batches import EpochSampler, SequenceDataset, make_loader
 from cotrain.data.interactions import InteractionData, load_interactions
-from cotrain.distill.loop import Run, cotrain_step, fit
+from cotrain.distill.loop import Run, fit
 from cotrain.distill.losses import cosine_sum, gram_sum, scaled_gradient
 from cotrain.distill.outcome import finish
 from cotrain.distill.rationales import Rationales
 from cotrain.distill.state import CotrainState, new_state, restore_checkpoint
+from cotrain.distill.step import cotrain_step
 from cotrain.errors import ConfigError, DataError
 from cotrain.rationale.head import FOLDER, RationaleHead
 from cotrain.settings import DataConfig
@@ -305,7 +306,7 @@ def test_heads_survive_a_checkpoint(prepared: Prepare, store: str):
     fit(state, run)
     matched = rationales_of(run).matched
     again = new_state(run.data.num_items, None, run.config, run.accelerator, rationales=matched)
-    restore_checkpoint(again, run.folder, run.config, run.accelerator)
+    restore_checkpoint(again, run.folder, run.accelerator)
     for before, after in zip(state.learners, again.learners, strict=True):
         assert weights(before.head).equal(weights(after.head))
         assert before.optimizer.state_dict()["state"].keys() == (

@@ -300,6 +300,11 @@ def existing_run(options: Options, tmp_path: Path) -> None:
     (options["output_dir"] / "config.yaml").write_text("seed: 0\n")
 
 
+def below_a_file(options: Options, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    options["output_dir"] = tmp_path / "file" / "run"
+
+
 def setting(name: str, value: object) -> Callable[[Options, Path], None]:
     def change(options: Options, tmp_path: Path) -> None:
         options[name] = value
@@ -331,6 +336,7 @@ BAD_INPUT = {
     "letters": (single_letters_broken, ["'B'", "single"]),
     "context": (short_context, ["99", "teacher.max_title_tokens"]),
     "not finite": (nan_weights, ["non_finite", "quantization"]),
+    "no folder possible": (below_a_file, ["cannot be made", "is a file", "--output_dir"]),
     "existing run": (existing_run, ["holds a run", "--resume"]),
     "teacher never starts": (setting("train.warmup_epochs", 6), ["train.warmup_epochs"]),
 }
@@ -355,6 +361,17 @@ def test_an_error_is_printed_without_a_traceback(options: Options):
     assert done.returncode == 1
     assert done.stderr.startswith("error: The configuration has 1 mistake(s):")
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_read_only_folder_is_refused_before_the_teacher_is_loaded(
+    options: Options, tmp_path: Path
+):
+    options["output_dir"] = tmp_path / "locked" / "run"
+    options["teacher.model"] = "./no-such-model"  # would be the next complaint
+    (tmp_path / "locked").mkdir(mode=0o500)
+    with pytest.raises(CotrainError, match="is read-only"):
+        train_online.main(command(options)[2:])
 
 
 def only_these(options: Options, tmp_path: Path, rows: list[str]) -> list[str]:

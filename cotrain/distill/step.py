@@ -1,0 +1,317 @@
+"""The heart: one co-training step.
+
+The teacher only ever appears here as `Teacher.ask`, under no_grad and outside `prepare`: it is in
+no optimizer and in no checkpoint.
+"""
+
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from cotrain.config import Config
+from cotrain.data.batches import SequenceBatch
+from cotrain.distill import losses
+from cotrain.distill.learner import Learner
+from cotrain.distill.meters import TeacherMeter
+from cotrain.distill.querying import Teacher, verdict_weight
+from cotrain.distill.rationales import Found, Rationales, RationaleTerms
+from cotrain.distill.state import CotrainState
+from cotrain.errors import CotrainError
+from cotrain.runtime.seeding import replayed, torch_state
+from cotrain.student.losses import TrainingLoss
+from cotrain.student.retrieval import Candidates, retrieve
+from cotrain.student.sasrec import StudentOutput
+from cotrain.teacher.verdict import entropy
+
+
+def cotrain_step(
+    state: CotrainState,
+    batch: SequenceBatch,
+    teacher: Teacher | None,
+    loss: TrainingLoss,
+    config: Config,
+    accelerator: Accelerator,
+    rationales: Rationales | None = None,
+    rationales_teach: bool = True,
+) -> dict[str, float]:
+    """One optimizer step of the student, and of the control beside it.
+
+    The student proposes, the teacher judges; then the student learns, and the control, each in
+    `train.accumulation_steps` parts of the rows. Collectives, the same on every process whatever
+    the teacher answered: questions and verdicts, the projector's moments, the counts, the
+    gradients, the sums of the losses.
+
+    Args:
+        state: Changed in place.
+        batch: This process's rows, on the CPU.
+        teacher: None while nobody is asked.
+        loss: What the data teach by.
+        config: Settings of the run.
+        accelerator: Device and collectives.
+        rationales: Of the training data, or None.
+        rationales_teach: False: only W_r learns, from states that it leaves alone.
+
+    Returns:
+        Losses, each a mean over its own rows of all processes, and the teacher's entropy.
+    """
+    device, weights = accelerator.device, config.distill
+    dropout_state = torch_state(device)
+    judged = None
+    if teacher is not None:
+        # The same dropout as in the forward that learns: it draws again what is drawn here.
+        with replayed(dropout_state, device):
+            judged = let_judge(state, batch, teacher, config, accelerator)
+    parts = make_parts(batch, judged, rationales, config, accelerator)
+    counts = total(torch.stack([part.counts() for part in parts]).sum(0), accelerator)
+    share = Share(*counts.clamp(min=1).tolist(), state.lambda_rank, weights.lambda_emb)
+    n_valid, n_reasons = counts.tolist()[1:]
+
+    lambda_rdr = weights.lambda_rdr if rationales_teach else 0.0
+    learn = functools.partial(
+        learn_from, parts=parts, loss=loss, rationales=rationales, share=share
+    )
+    sums = learn(state.student, lambda_rdr=lambda_rdr, meter=state.meter)
+    ce, rank, emb, nats, distance, rdr = total(sums, accelerator).tolist()
+    report = {"loss_ce": ce / share.n_targets}
+    if teacher is not None:
+        report["teacher_rows"] = n_valid
+    if n_valid:
+        report |= {"loss_rank": rank / n_valid, "loss_emb": emb / n_valid}
+        report["teacher_entropy"] = nats / n_valid
+    if n_reasons:
+        report |= {"rationale_rows": n_reasons, "rationale_cosine": 1 - distance / n_reasons}
+    if n_reasons and rationales_teach:
+        report["loss_rdr"] = rdr / n_reasons
+    report["loss"] = (
+        report["loss_ce"]
+        + state.lambda_rank * report.get("loss_rank", 0.0)
+        + weights.lambda_emb * report.get("loss_emb", 0.0)
+        + weights.lambda_rdr * report.get("loss_rdr", 0.0)
+    )
+    if not math.isfinite(report["loss"]):
+        raise CotrainError(
+            f"The loss is {report['loss']} at step {state.step + 1} ({report}). Lower "
+            "train.learning_rate or the distill.lambda_… of the term that is not finite."
+        )
+    state.student.update()
+    if state.control is not None:
+        # The same dropout masks as the student's: any difference comes from what distills.
+        with replayed(dropout_state, device):
+            sums = learn(state.control, lambda_rdr=0.0)
+        ce, _, _, _, distance, _ = total(sums, accelerator).tolist()
+        if n_reasons:
+            report["control_rationale_cosine"] = 1 - distance / n_reasons
+        state.control.update()
+        report["control_loss_ce"] = ce / share.n_targets
+    return report
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What the teacher said of rows, where the student is.
+
+    Attributes:
+        candidate_ids: (B, K) that the student proposed.
+        probs: (B, K) Q.
+        decision_state: (B, H).
+        valid: (B,) bool.
+        weight: (B,) what each verdict counts.
+    """
+
+    candidate_ids: Tensor
+    probs: Tensor
+    decision_state: Tensor
+    valid: Tensor
+    weight: Tensor
+
+    def rows(self, part: slice) -> "Judged":
+        """Those of some rows."""
+        return Judged(*(getattr(self, field.name)[part] for field in fields(self)))
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows that one forward takes, with all that is known of them before it."""
+
+    batch: SequenceBatch
+    judged: Judged | None
+    found: Found | None
+
+    def counts(self) -> Tensor:
+        """(3,) rows of each kind of loss: targets, valid verdicts, rationales."""
+        n_targets = 0 if self.batch.borrowed else len(self.batch.target_ids)
+        n_valid = 0 if self.judged is None else int(self.judged.valid.sum())
+        n_reasons = 0 if self.found is None else len(self.found[0])
+        device = self.batch.user_index.device
+        return torch.tensor([n_targets, n_valid, n_reasons], dtype=torch.float64, device=device)
+
+
+@dataclass(frozen=True)
+class Share:
+    """What a sum over rows is divided by, and weighted with, to be its share of the step's loss:
+    rows of all processes and parts, at least 1."""
+
+    n_targets: float
+    n_valid: float
+    n_reasons: float
+    lambda_rank: float
+    lambda_emb: float
+
+
+def let_judge(
+    state: CotrainState,
+    batch: SequenceBatch,
+    teacher: Teacher,
+    config: Config,
+    accelerator: Accelerator,
+) -> Judged:
+    """Let the teacher judge what the student proposes for a whole batch; a collective.
+
+    Args:
+        state: Gives the student; its meter and the projector's moments change.
+        batch: This process's rows, on the CPU, where prompts are made.
+        teacher: Who is asked, and which rows ask.
+        config: Confidence.
+        accelerator: Device and collectives.
+    """
+    device = accelerator.device
+    state.student.refresh()
+    candidates = propose(state.student, batch, teacher.num_candidates, accelerator)
+    verdict, asked = teacher.ask(batch, candidates, state.epoch)
+    state.meter.observe(batch, candidates, verdict, asked)
+    judged = Judged(
+        candidates.item_ids.to(device),
+        verdict.probs.to(device),
+        verdict.decision_state.to(device),
+        verdict.valid.to(device),
+        verdict_weight(verdict, config.distill.confidence).to(device),
+    )
+    assert state.projector is not None  # there is a teacher
+    state.projector.observe(
+        judged.decision_state, judged.valid, lambda sums: total(sums, accelerator)
+    )
+    return judged
+
+
+@torch.no_grad()
+def propose(
+    student: Learner, batch: SequenceBatch, num_candidates: int, accelerator: Accelerator
+) -> Candidates:
+    """The student's candidates at the cut of every row of a CPU batch, on the CPU."""
+    on_device, model = batch.to(accelerator.device), student.bare
+    with accelerator.autocast():
+        user_state = model.encode(on_device.sequences)[on_device.cut].float()
+    candidates = retrieve(
+        user_state, model.item_vectors, on_device.history, on_device.cut_target, num_candidates
+    )
+    return candidates.cpu()
+
+
+def make_parts(
+    batch: SequenceBatch,
+    judged: Judged | None,
+    rationales: Rationales | None,
+    config: Config,
+    accelerator: Accelerator,
+) -> list[Part]:
+    """This process's rows in `train.accumulation_steps` parts, fewer where a process has fewer
+    rows: all need the same number, because each part may wait for those of the others."""
+    count = config.train.accumulation_steps
+    if count > 1:
+        rows = torch.tensor([len(batch.user_index)], device=accelerator.device)
+        gathered = accelerator.gather(rows)
+        assert isinstance(gathered, Tensor)  # a tensor goes in
+        count = min(count, int(gathered.min()))
+    parts, first, device = [], 0, accelerator.device
+    for piece in batch.split(count):
+        end = first + len(piece.user_index)
+        parts.append(
+            Part(
+                piece.to(device),
+                None if judged is None else judged.rows(slice(first, end)),
+                None if rationales is None else rationales.of_batch(piece, device),
+            )
+        )
+        first = end
+    return parts
+
+
+def learn_from(
+    learner: Learner,
+    parts: Sequence[Part],
+    loss: TrainingLoss,
+    rationales: Rationales | None,
+    share: Share,
+    lambda_rdr: float,
+    meter: TeacherMeter | None = None,
+) -> Tensor:
+    """Gradients of a step, part by part.
+
+    Args:
+        learner: Its gradients are replaced. Without a projector the verdicts teach nothing.
+        parts: This process's.
+        loss: What the data teach by.
+        rationales: Of the training data, or None.
+        share: What sums are divided by.
+        lambda_rdr: Weight of the rationales, or 0: states are left alone.
+        meter: Takes the user states; None: nobody does.
+
+    Returns:
+        (6,) float64 sums over this process's rows: of the data's loss, the ranking loss, the
+        alignment loss, the teacher's entropy, the head's cosine distance, the rationale loss.
+    """
+    learner.start_step()
+    sums = torch.zeros(6, dtype=torch.float64, device=parts[0].batch.user_index.device)
+    for place, part in enumerate(parts):
+        judged = part.judged if learner.projector is not None else None
+        with learner.part(last=place == len(parts) - 1):
+            asked = None if judged is None else judged.candidate_ids
+            output = learner.model(part.batch, loss, asked)
+            nothing = output.loss_sum.new_zeros(())
+            if meter is not None and not part.batch.borrowed:
+                meter.student_states.add(output.user_state)
+            ce = output.loss_sum * (not part.batch.borrowed)
+            rank, emb, nats = nothing, nothing, nothing
+            if judged is not None:
+                rank, emb, nats = distillation_sums(learner, output, judged)
+            reasons = RationaleTerms(nothing, nothing, nothing)
+            if rationales is not None and part.found is not None:
+                reasons = rationales.terms(learner.head, output.states, part.found, lambda_rdr)
+            learner.backward(
+                ce / share.n_targets
+                + share.lambda_rank * rank / share.n_valid
+                + share.lambda_emb * emb / share.n_valid
+                + reasons.gradient_sum / share.n_reasons
+            )
+        terms = [ce, rank, emb, nats, reasons.head_sum, reasons.student_sum]
+        sums += torch.stack([term.detach().double() for term in terms])
+    return sums
+
+
+def distillation_sums(
+    student: Learner, output: StudentOutput, judged: Judged
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Ranking loss, alignment loss and the teacher's entropy, summed over rows. Only the student's
+    states and item embeddings, and the projector, carry a gradient."""
+    assert student.projector is not None
+    assert output.candidate_scores is not None
+    temperature = student.config.distill.student_temperature
+    # Of all rows, also of those without a verdict: processes agree on what has a gradient.
+    projected = student.projector(judged.decision_state)
+    return (
+        losses.listnet_sum(output.candidate_scores, judged.probs, judged.weight, temperature),
+        losses.alignment_sum(projected, output.user_state, judged.weight),
+        (entropy(judged.probs) * judged.valid).sum(),
+    )
+
+
+def total(values: Tensor, accelerator: Accelerator) -> Tensor:
+    """Sum over all processes, in float64 and without a graph; a collective."""
+    summed = accelerator.reduce(values.detach().double(), "sum")
+    assert isinstance(summed, Tensor)  # a tensor goes in
+    return summed
