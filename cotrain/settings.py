@@ -158,6 +158,11 @@ class TeacherConfig:
         32, "An item's title and categories are cut to this many tokens each.", ge=1
     )
     reasoning_tokens: int = option(64, "cot: tokens of reasoning at most.", ge=1)
+    reasoning_end: Literal["ranking", "paragraph"] = option(
+        "ranking",
+        "cot: where a reasoning ends. ranking: where the model goes on to the ranking or stops; "
+        "paragraph: at its first blank line too, behind which a small model only rambles.",
+    )
     search: Literal["none", "self_consistency", "tree"] = option(
         "none",
         "cot: how reasonings are looked for. none: the likeliest one. self_consistency: "

@@ -63,7 +63,7 @@ class Thinker:
         passes: The decoder.
         settings: How they are looked for.
         ranking: The text that opens the ranking; where the model goes on to it by itself, its
-            reasoning ends.
+            reasoning ends. Nothing: only where it stops.
         text_of: Text of tokens.
         score: For the search by trees.
     """
@@ -74,6 +74,8 @@ class Thinker:
     ):  # fmt: skip
         self.passes, self.settings = passes, settings
         self.ranking, self.text_of, self.score = ranking, text_of, score
+        ends = [ranking, "\n\n" if settings.reasoning_end == "paragraph" else ""]
+        self._ends = [end for end in ends if end]
 
     def think(self, prompts: Sequence[list[int]]) -> list[Thinking]:
         """The reasonings of each prompt, as the settings look for them."""
@@ -192,15 +194,16 @@ class Thinker:
     # ---- one reasoning --------------------------------------------------------------------------
 
     def _over(self, tokens: list[int]) -> bool:
-        return bool(self.ranking) and self.ranking in self.text_of(tokens)
+        text = self.text_of(tokens)
+        return any(end in text for end in self._ends)
 
     def _thought(self, tokens: list[int], ended: bool) -> Thought:
         text, kept = self.text_of(tokens), tokens
-        goes_on = bool(self.ranking) and self.ranking in text
-        if goes_on:
-            before = text.partition(self.ranking)[0].rstrip()
+        places = [text.index(end) for end in self._ends if end in text]
+        if places:
+            before = text[: min(places)].rstrip()
             kept = tokens[: tokens_until(tokens, self.text_of, len(before))]
-        return Thought(kept, len(tokens), ended or goes_on)
+        return Thought(kept, len(tokens), ended or bool(places))
 
 
 def _best(pool: list[Thought], count: int) -> list[Thought]:

@@ -127,10 +127,18 @@ def test_drawn_reasonings_are_those_of_separate_calls(backbone: Backbone):
     assert thinker.draw(PROMPTS[2:4], 2, 1.3, 0.9, salt=5) == [row[:2] for row in found[2:4]]
 
 
-def test_a_reasoning_ends_where_the_ranking_opens(backbone: Backbone):
+@pytest.mark.parametrize("end", ["ranking", "paragraph"])
+def test_a_reasoning_ends_where_the_ranking_opens_or_a_paragraph_does(
+    backbone: Backbone, end: str, monkeypatch: pytest.MonkeyPatch
+):
     """What was written of the ranking is paid for and not kept."""
     open_ended = thinker_of(backbone, ranking="").draw(PROMPTS, 8, 1.5)
-    cut = thinker_of(backbone).draw(PROMPTS, 8, 1.5)
+    thinker = thinker_of(backbone, ranking="Next:" if end == "ranking" else "", reasoning_end=end)
+    if end == "paragraph":
+        monkeypatch.setattr(
+            thinker, "text_of", lambda tokens: WORDS.decode(tokens).replace("Next:", "\n\n")
+        )
+    cut = thinker.draw(PROMPTS, 8, 1.5)
     ended = 0
     for whole, thought in zip(chain(*open_ended), chain(*cut), strict=True):
         if NEXT not in whole.tokens:
