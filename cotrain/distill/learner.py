@@ -14,6 +14,7 @@ from cotrain.config import Config
 from cotrain.distill.alignment import Projector
 from cotrain.rationale.head import RationaleHead
 from cotrain.runtime import zero
+from cotrain.runtime.processes import make_accelerator
 from cotrain.student.optimizer import LazyAdamW, clip_grad_norm
 from cotrain.student.sasrec import SASRec
 
@@ -121,14 +122,12 @@ class Learner:
         if self.accelerator.num_processes == 1:
             return
         parameters = [weight for module in self.beside for weight in module.parameters()]
-        parameters = [weight for weight in parameters if weight.grad is not None]
-        if not parameters:
+        grads = [weight.grad for weight in parameters if weight.grad is not None]
+        if not grads:
             return
-        together = torch.cat([weight.grad.flatten() for weight in parameters])
-        mean: Any = self.accelerator.reduce(together, "mean")
-        sizes = [weight.numel() for weight in parameters]
-        for weight, grad in zip(parameters, mean.split(sizes), strict=True):
-            weight.grad = grad.view_as(weight)
+        mean: Any = self.accelerator.reduce(torch.cat([grad.flatten() for grad in grads]), "mean")
+        for grad, averaged in zip(grads, mean.split([grad.numel() for grad in grads]), strict=True):
+            grad.copy_(averaged.view_as(grad))
 
     # ---- what is kept ---------------------------------------------------------------------------
 
@@ -186,7 +185,7 @@ def make_learner(
         zero.fill_in(accelerator, rows, config.train.max_grad_norm)
         bare = copy.deepcopy(model).to(accelerator.device)
         # Each engine belongs to an accelerator of its own, which shares all else with the run's.
-        engine, optimizer = Accelerator().prepare(model, optimizer)
+        engine, optimizer = make_accelerator().prepare(model, optimizer)
         zero.let_item_embedding_be_read(engine, engine.module.item_embedding.weight)
         model = engine
     else:

@@ -68,8 +68,11 @@ def cotrain_step(
             judged = let_judge(state, batch, teacher, config, accelerator)
     parts = make_parts(batch, judged, rationales, config, accelerator)
     counts = total(torch.stack([part.counts() for part in parts]).sum(0), accelerator)
-    share = Share(*counts.clamp(min=1).tolist(), state.lambda_rank, weights.lambda_emb)
-    n_valid, n_reasons = counts.tolist()[1:]
+    n_targets, n_valid, n_reasons = counts.tolist()
+    share = Share(
+        max(n_targets, 1), max(n_valid, 1), max(n_reasons, 1),
+        state.lambda_rank, weights.lambda_emb,
+    )  # fmt: skip
 
     lambda_rdr = weights.lambda_rdr if rationales_teach else 0.0
     learn = functools.partial(

@@ -5,12 +5,14 @@ Where they do not, each process would train a run of its own and nobody would no
 is what DeepSpeed does unless it is told of the CPU, and Accelerate of gloo; both are done here.
 """
 
+import importlib
 import os
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, is_deepspeed_available
+from transformers.integrations import unset_hf_deepspeed_config
 
 from cotrain.errors import ConfigError
 
@@ -34,12 +36,13 @@ def make_accelerator(**options: Any) -> Accelerator:
                 "The accelerate file asks for DeepSpeed, which is not installed: pip install "
                 "'cotrain[deepspeed]', or launch with accelerate_configs/multi_gpu.yaml."
             )
-        # The language model is loaded by the same process, and 4-bit weights cannot be sharded.
-        os.environ["ACCELERATE_DEEPSPEED_ZERO3_INIT"] = "false"
         if not torch.cuda.is_available():
             _use_deepspeed_on_cpu()
             handlers.append(InitProcessGroupKwargs(backend="gloo"))
     accelerator = Accelerator(kwargs_handlers=handlers, **options)
+    # Else transformers would shard every language model that is loaded from here on as ZeRO-3 does,
+    # and a teacher in 4 bits cannot be.
+    unset_hf_deepspeed_config()
     check_processes(accelerator)
     return accelerator
 
@@ -59,8 +62,7 @@ def check_processes(accelerator: Accelerator) -> None:
         if os.environ.get(name, "").isdecimal():
             counts[f"the launcher ({name})"] = int(os.environ[name])
     if accelerator.distributed_type == "DEEPSPEED":
-        from deepspeed import comm
-
+        comm = importlib.import_module("deepspeed.comm")
         counts["DeepSpeed"] = comm.get_world_size() if comm.is_initialized() else 1
     if len(set(counts.values())) > 1:
         told = ", ".join(f"{who} {count}" for who, count in counts.items())
@@ -84,8 +86,6 @@ def _asks_for_deepspeed() -> bool:
 
 def _use_deepspeed_on_cpu() -> None:
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    import deepspeed.ops
-
     # Else the first start compiles a collective in C++ for minutes, and a process that is killed
     # meanwhile leaves a lock for which all later ones wait for ever.
-    vars(deepspeed.ops)["__compatible_ops__"] = {}
+    vars(importlib.import_module("deepspeed.ops"))["__compatible_ops__"] = {}

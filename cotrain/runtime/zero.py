@@ -4,6 +4,7 @@ Each process holds a share of the optimizer state, in ZeRO-3 of the weights too.
 and restored as they are: a run is resumed by as many processes as wrote its checkpoint.
 """
 
+import importlib
 from typing import Any
 
 import torch
@@ -17,7 +18,8 @@ def stage(accelerator: Accelerator) -> int:
     """1 to 3 under DeepSpeed, else 0."""
     if accelerator.distributed_type != "DEEPSPEED":
         return 0
-    return int(accelerator.state.deepspeed_plugin.zero_stage)
+    plugin: Any = accelerator.state.deepspeed_plugin
+    return int(plugin.zero_stage)
 
 
 def fill_in(accelerator: Accelerator, rows: int, max_grad_norm: float) -> None:
@@ -31,7 +33,8 @@ def fill_in(accelerator: Accelerator, rows: int, max_grad_norm: float) -> None:
     Raises:
         ConfigError: Its settings ask for what this package does not do.
     """
-    settings = accelerator.state.deepspeed_plugin.deepspeed_config
+    plugin: Any = accelerator.state.deepspeed_plugin
+    settings = plugin.deepspeed_config
     sharding = settings.get("zero_optimization", {})
     if not 1 <= stage(accelerator) <= 3:
         raise ConfigError(
@@ -54,24 +57,19 @@ def fill_in(accelerator: Accelerator, rows: int, max_grad_norm: float) -> None:
     settings["train_micro_batch_size_per_gpu"] = rows
     settings["gradient_accumulation_steps"] = 1
     settings["gradient_clipping"] = max_grad_norm
-    settings.setdefault("steps_per_print", 10**9)
 
 
 def let_item_embedding_be_read(engine: Any, weight: nn.Parameter) -> None:
     """In ZeRO-3 keep a weight together for the whole forward, since the loss reads it as well."""
-    import deepspeed
-
     if hasattr(weight, "ds_id"):
-        deepspeed.zero.register_external_parameter(engine.module, weight)
+        _deepspeed().zero.register_external_parameter(engine.module, weight)
 
 
 @torch.no_grad()
 def copy_weights(engine: Any, target: nn.Module) -> None:
     """Write an engine's weights into a plain model of the same shape; a collective in ZeRO-3."""
-    import deepspeed
-
     sources = list(engine.module.parameters())
-    with deepspeed.zero.GatheredParameters(sources):
+    with _deepspeed().zero.GatheredParameters(sources):
         for source, copy in zip(sources, target.parameters(), strict=True):
             copy.copy_(source)
 
@@ -79,10 +77,8 @@ def copy_weights(engine: Any, target: nn.Module) -> None:
 @torch.no_grad()
 def load_weights(engine: Any, source: nn.Module) -> None:
     """Undo `copy_weights`; a collective in ZeRO-3, where the main process's weights count."""
-    import deepspeed
-
     targets = list(engine.module.parameters())
-    with deepspeed.zero.GatheredParameters(targets, modifier_rank=0):
+    with _deepspeed().zero.GatheredParameters(targets, modifier_rank=0):
         for target, weight in zip(targets, source.parameters(), strict=True):
             target.data.copy_(weight)
 
@@ -114,3 +110,8 @@ def _partitions(engine: Any) -> list[Tensor]:
     if not hasattr(optimizer, name):  # ZeRO-1 and 2
         name = "single_partition_of_fp32_groups"
     return getattr(optimizer, name)
+
+
+def _deepspeed() -> Any:
+    """The package, which need not be installed."""
+    return importlib.import_module("deepspeed")

@@ -6,6 +6,7 @@ A job is a list of command-line arguments, how many processes, what they find in
 and when which of them is killed. All jobs are forks of this process, which has imported everything.
 """
 
+import importlib
 import json
 import os
 import random
@@ -46,7 +47,7 @@ def import_all(with_deepspeed: bool) -> None:
     torch.set_num_threads(1)
     if with_deepspeed:
         os.environ["DS_ACCELERATOR"] = "cpu"
-        import deepspeed  # noqa: F401
+        importlib.import_module("deepspeed")
 
 
 def run(job: dict[str, Any]) -> tuple[list[int | str], list[dict[str, Any]]]:
@@ -119,10 +120,9 @@ def fork(job: dict[str, Any], rank: int, world: int, logs: Path) -> int:
 
 def forget_gloo() -> None:
     """Start Accelerate as a program does that knows nothing of DeepSpeed on a CPU."""
-    from cotrain.runtime import processes
-
+    processes: Any = importlib.import_module("cotrain.runtime.processes")
     handler = processes.InitProcessGroupKwargs
-    vars(processes)["InitProcessGroupKwargs"] = lambda backend: handler()
+    processes.InitProcessGroupKwargs = lambda backend: handler()
 
 
 def record_answers(path: Path) -> None:
