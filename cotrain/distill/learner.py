@@ -191,6 +191,7 @@ def make_learner(
     else:
         model, optimizer = accelerator.prepare(model, optimizer)
         bare = accelerator.unwrap_model(model)
+        assert isinstance(bare, SASRec)
     beside = [module.to(accelerator.device) for module in (projector, head) if module is not None]
     beside_optimizer = None
     if beside:

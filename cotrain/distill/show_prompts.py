@@ -71,7 +71,7 @@ def _asking_rows(config: Config, data: InteractionData) -> Iterator[tuple[int, l
     sampler = EpochSampler(dataset.users, config.train.batch_size, config.seed)
     sampler.start_at(epoch)
     for keys in sampler:
-        chosen = query.choose(torch.tensor([user for user, _ in keys]), epoch)
+        chosen = query.choose(torch.tensor([key[0] for key in keys]), epoch)
         for key, asks in zip(keys, chosen.tolist(), strict=True):
             if asks:
                 history = dataset[key]["history"]

@@ -86,7 +86,7 @@ class WarmUpObjective:
         draw = np.random.default_rng((self.seed, 24, epoch, row))
         if self.kind == "order" and row % 2:
             return self._order(self.rows[row // 2 % len(self.rows)], draw)
-        kind = self.kind if row % 2 else "recognition"
+        kind: Kind = self.kind if row % 2 else "recognition"
         return self._one_of_a_few(self.rows[row % len(self.rows)], kind, draw)
 
     def _order(self, row: Example, draw: np.random.Generator) -> WarmUpRow:

@@ -286,9 +286,9 @@ def test_random_windows_depend_on_seed_epoch_and_user_only(ml100k):
 # ---- epochs -------------------------------------------------------------------------------------
 
 
-def keys(sampler: EpochSampler, epoch: int, step: int = 0) -> list[list[tuple[int, int]]]:
+def keys(sampler: EpochSampler, epoch: int, step: int = 0) -> list[list[Any]]:
     sampler.start_at(epoch, step)
-    batches = list(sampler)
+    batches: list[list[Any]] = list(sampler)
     assert len(sampler) == len(batches)
     return batches
 
