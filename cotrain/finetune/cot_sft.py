@@ -42,7 +42,7 @@ class CotRow:
     Attributes:
         tokens: Prompt, reasoning, and the answer prefix.
         prompt_tokens: How many of them are the prompt's.
-        relevance: (K,) of the candidates as shown; 1 for the target alone, because the reasoning
+        relevance: (K,) of the candidates as shown; 1 for the right one alone, because the reasoning
             is about it.
     """
 
@@ -91,7 +91,7 @@ class CotObjective:
             len(example.candidates)
         )
         prompt = prompts.build(example.history, [example.candidates[place] for place in order])
-        wanted = torch.tensor([float(example.candidates[p] == example.target) for p in order])
+        wanted = torch.tensor([float(place == example.right_place) for place in order])
         reasoning = reasoning_tokens(self.ranker, reasoned.text)
         return CotRow(prompt + reasoning + prompts.answer, len(prompt), wanted)
 

@@ -49,6 +49,13 @@ class Example:
         """Where the target stands among the candidates."""
         return self.candidates.index(self.target) if self.target in self.candidates else None
 
+    @property
+    def right_place(self) -> int:
+        """Where the one right answer stands: the target, or where it is not among the candidates
+        the most relevant of them, which the user takes later."""
+        place = self.target_place
+        return int(np.argmax(self.relevance)) if place is None else place
+
 
 @dataclass(frozen=True)
 class Examples:

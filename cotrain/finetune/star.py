@@ -25,7 +25,6 @@ from tqdm import tqdm
 from cotrain.errors import CotrainError
 from cotrain.files import write_whole
 from cotrain.finetune.cot_sft import CotObjective, Reasoned
-from cotrain.finetune.examples import Example
 from cotrain.finetune.quality import measure
 from cotrain.finetune.rank_sft import check_one_step, ranked_samples
 from cotrain.finetune.run import Context, Outcome, Sample, title_lines
@@ -172,7 +171,7 @@ def _attempt(context: Context, rows: Sequence[int], number: int, hinted: bool) -
         example = examples[row]
         order = np.random.default_rng((seed, 31, number, row)).permutation(len(example.candidates))
         shown = [example.candidates[place] for place in order]
-        place = _right_place(example, order)
+        place = order.tolist().index(example.right_place)
         right.append(place)
         plain.append(prompts.build(example.history, shown))
         asked.append(prompts.build(example.history, shown, place) if hinted else plain[-1])
@@ -232,12 +231,6 @@ def _think(
     values = ranker.backbone.token_logits(states, first).float().cpu()
     for place, own, scores in zip(group, drawn, values.split(settings.samples), strict=True):
         thoughts[place], logits[place] = own, scores
-
-
-def _right_place(example: Example, order: np.ndarray) -> int:
-    """Where the right item is shown: the target, or where it is not shown the most relevant one."""
-    worth = np.array(example.relevance)[order]
-    return int(worth.argmax())
 
 
 def _unbiased(logits: torch.Tensor) -> torch.Tensor:

@@ -72,7 +72,8 @@ class WarmUpObjective:
                 "not show how popular a candidate is. Set teacher.template brief-popularity, or "
                 f"sft.{kind}_rows 0."
             )
-        self.ranker, self.rows, self.kind, self.count = ranker, rows, kind, count
+        self.ranker, self.rows, self.count = ranker, rows, count
+        self.kind: Kind = kind
         self.levels, self.seed = levels, seed
         known = np.unique(levels[1:])
         self._by_level = [np.flatnonzero(levels == level) for level in known]

@@ -17,6 +17,7 @@ def report(**teacher: Any) -> dict[str, Any]:
             "partial": {},
             "failures": {},
             "backoffs": [],
+            "audits": [],
             "confidence": 0.5,
             "entropy": 1.5,
             "entropy_uniform": 3.0,
@@ -29,6 +30,11 @@ def report(**teacher: Any) -> dict[str, Any]:
 
 def backoff(before: int, after: int) -> dict[str, int]:
     return {"process": 0, "from_tokens": before, "to_tokens": after, "rows": 4, "longest": 400}
+
+
+def audited(teaches: bool) -> dict[str, Any]:
+    lift = {"absolute": -0.01, "ci95": [-0.03, 0.002]}
+    return {"rows": 64, "student": 0.4, "blend_lift": lift, "teaches": teaches}
 
 
 @pytest.mark.parametrize(
@@ -54,6 +60,11 @@ def backoff(before: int, after: int) -> dict[str, int]:
             {"target_placing": {"rows": 9, "teacher": 0.1, "student": 0.2, "random": 0.18}},
             ["9 training rows", "0.200 against 0.100"],
         ),
+        (
+            {"audits": [audited(teaches=False), audited(teaches=True)]},
+            ["nothing that this teacher could teach", "64 validation", "-0.0100 (-0.0300 to"],
+        ),
+        ({"audits": [audited(teaches=True), audited(teaches=False)]}, []),
         ({}, []),
     ],
 )

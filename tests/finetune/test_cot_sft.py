@@ -112,6 +112,23 @@ def test_a_row_is_prompt_reasoning_and_answer(ranker: RankLLM):
     assert row.tokens == ranker.backbone.tokenizer.encode(text, add_special_tokens=False)
 
 
+@pytest.mark.parametrize(
+    ("relevance", "right"), [((1.0, 0.3, 0.0), 0), ((0.5, 0.5, 1.0), 2), ((0.0, 0.2, 0.3), 2)]
+)
+def test_without_the_target_the_answer_is_what_is_worth_most(
+    ranker: RankLLM, relevance: tuple[float, ...], right: int
+):
+    """Rows of STaR may hold only what is taken later: the loss was not a number there."""
+    target = 11 + right if max(relevance) == 1 else 99
+    example = Example(0, 3, (50, 60), (11, 12, 13, 40), (*relevance, 0.0), target)
+    assert example.right_place == right
+    objective = CotObjective(ranker, [Reasoned(example, "likes old films.")], [], 1.0, 1.0, seed=0)
+    row = objective.encode(0, 0)
+    order = np.random.default_rng((0, 22, 0, 0)).permutation(4).tolist()
+    assert row.relevance.tolist() == [float(place == right) for place in order]
+    assert torch.isfinite(objective.loss_sum([row]))
+
+
 @pytest.mark.parametrize("weights", [(1.0, 1.0), (0.5, 2.0), (1.0, 0.0), (0.0, 1.0)])
 def test_the_loss_is_the_plain_sum_of_the_models_own_logits(
     ranker: RankLLM, weights: tuple[float, float]

@@ -9,7 +9,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -21,7 +20,6 @@ from cotrain.errors import CotrainError
 from cotrain.finetune import run as runs
 from cotrain.finetune import star as module
 from cotrain.finetune.cot_sft import CotObjective
-from cotrain.finetune.examples import Example
 from cotrain.finetune.run import Context, Outcome
 from cotrain.finetune.star import Kept, star
 from cotrain.finetune.tuning import Interrupted, Progress
@@ -339,15 +337,6 @@ def test_what_was_cut_off_or_is_wrong_or_no_better_is_not_kept():
     assert keeping("likes old films", finished=False) == ([], 1.0)
     assert keeping("likes old films", scores=(4.0, 3.0, 0.0)) == ([], 0.0)
     assert keeping("likes old films", scores=(3.0, 3.0, 0.0)) == ([], 0.0)
-
-
-def test_the_right_one_is_the_target_or_else_what_is_worth_most():
-    def place(relevance: tuple[float, ...], order: list[int]) -> int:
-        example = Example(0, 3, (9,), (5, 6, 7), relevance, 5)
-        return module._right_place(example, np.array(order))
-
-    assert place((1.0, 0.3, 0.0), [2, 1, 0]) == 2
-    assert place((0.0, 0.0, 0.3), [1, 2, 0]) == 1
 
 
 KEPT = st.builds(
