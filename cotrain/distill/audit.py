@@ -27,7 +27,7 @@ from cotrain.teacher.ranker import RankLLM
 METRIC = "ndcg@10"
 # In units of the student's spread within a row, so that they mean the same to every student.
 BETAS = (0.0, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6)
-# λ_rank for each percent of gain, and the most that it may be.
+# λ_rank over the relative gain, and the most that it may be.
 _LAMBDA_PER_GAIN, _LAMBDA_MOST = 2.5, 0.5
 _BATCH = 256
 
@@ -42,7 +42,6 @@ class AuditRows:
         candidates: (N, K) item indices, the student's best first.
         scores: (N, K) the student's.
         places: (N,) where the true item stands, from 0.
-        looked_at: Users that were looked at.
     """
 
     users: np.ndarray
@@ -50,7 +49,6 @@ class AuditRows:
     candidates: Tensor
     scores: Tensor
     places: np.ndarray
-    looked_at: int
 
 
 @dataclass(frozen=True)
@@ -161,7 +159,7 @@ def audit_rows(
         )
     return AuditRows(
         np.concatenate(chosen), [each for part in lists for each in part], torch.cat(candidates),
-        torch.cat(scores), np.concatenate(places), looked_at,
+        torch.cat(scores), np.concatenate(places),
     )  # fmt: skip
 
 
@@ -187,7 +185,7 @@ def audit(
     # Without a verdict all candidates are alike.
     probs = torch.where(verdict.valid[:, None], verdict.probs, 1 / verdict.probs.shape[1])
     every = torch.empty(rows.candidates.shape)
-    for process, part in enumerate(gather(probs) if accelerator.num_processes > 1 else [probs]):
+    for process, part in enumerate(gather(probs)):
         every[process :: accelerator.num_processes] = part
     return compare(rows.scores, every, rows.places, seed, samples)
 
