@@ -19,15 +19,13 @@ from jsonargparse import ArgumentError, ArgumentParser
 from cotrain.contradictions import contradictions
 from cotrain.errors import ConfigError
 from cotrain.finetune_settings import EvaluateConfig, FinetuneConfig
+from cotrain.rationale_settings import EncodeConfig, GenerateConfig, RationaleConfig
 from cotrain.settings import (
     Config,
     DataConfig,
     DistillConfig,
-    EncodeConfig,
     EvalConfig,
-    GenerateConfig,
     QueryConfig,
-    RationaleConfig,
     StudentConfig,
     TeacherConfig,
     TrainConfig,

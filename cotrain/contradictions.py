@@ -4,7 +4,8 @@ from dataclasses import replace
 from typing import Any
 
 from cotrain.finetune_settings import EvaluateConfig, FinetuneConfig
-from cotrain.settings import DataConfig, EncodeConfig, GenerateConfig, TeacherConfig
+from cotrain.rationale_settings import EncodeConfig, GenerateConfig
+from cotrain.settings import DataConfig, TeacherConfig
 
 
 def contradictions(config: Any) -> list[str]:

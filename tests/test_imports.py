@@ -14,9 +14,13 @@ BELOW = {
     "cotrain.files": {"cotrain.errors"},
     "cotrain.settings": set(),
     "cotrain.finetune_settings": {"cotrain.settings"},
-    "cotrain.contradictions": {"cotrain.settings", "cotrain.finetune_settings"},
+    "cotrain.rationale_settings": {"cotrain.settings"},
+    "cotrain.contradictions": {
+        "cotrain.settings", "cotrain.finetune_settings", "cotrain.rationale_settings",
+    },
     "cotrain.config": {
         "cotrain.errors", "cotrain.settings", "cotrain.finetune_settings", "cotrain.contradictions",
+        "cotrain.rationale_settings",
     },
     "cotrain.asset_builders": {"cotrain.errors"},
     "cotrain.assets": {"cotrain.errors", "cotrain.files", "cotrain.asset_builders"},
