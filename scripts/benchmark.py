@@ -11,6 +11,7 @@
     python scripts/benchmark.py modes                                         # what it says
     python scripts/benchmark.py parity                                        # of every family
     python scripts/benchmark.py processes                                     # two beside one
+    python scripts/benchmark.py sharding                                      # DDP beside ZeRO
 
 `student` installs RecTools into an environment of its own in the cache folder, once. Each
 subcommand has its `--help`. Tables go to stdout, progress to stderr, everything measured to
@@ -28,6 +29,7 @@ from cotrain.benchmarks.settings import (
     ModesSettings,
     ParitySettings,
     ProcessesSettings,
+    ShardingSettings,
     StudentSettings,
     TeacherSettings,
     add_options,
@@ -42,8 +44,10 @@ COMMANDS = {
     "teacher": (TeacherSettings, "verdicts beside the plain generate loop; memory; a run's loop"),
     "modes": (ModesSettings, "verdicts, whole orders, cost and position bias of every mode"),
     "processes": (ProcessesSettings, "a short run by one process and by several on the same cores"),
+    "sharding": (ShardingSettings, "memory of a process and time of a step, DDP beside ZeRO"),
     "parity": (ParitySettings, "the teacher's engine against generate, by family of models"),
 }
+REPOSITORY = Path(__file__).parents[1]
 QUICKSTART = Path(__file__).parent / "recipes" / "quickstart.yaml"
 
 
@@ -83,7 +87,11 @@ def main(argv: list[str]) -> int:
     elif isinstance(settings, ProcessesSettings):
         from cotrain.benchmarks import scaling
 
-        result = scaling.run(settings, QUICKSTART)
+        result = scaling.run(settings, REPOSITORY, QUICKSTART)
+    elif isinstance(settings, ShardingSettings):
+        from cotrain.benchmarks import sharding
+
+        result = sharding.run(settings, REPOSITORY)
     else:
         from cotrain.benchmarks import teacher
 

@@ -1,6 +1,8 @@
 """Every file that a run can be launched by is read as accelerate and DeepSpeed read it."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ CONFIGS = sorted((REPOSITORY / "accelerate_configs").glob("*.yaml"))
 DEEPSPEED = sorted((REPOSITORY / "ds_configs").glob("*.json"))
 EXPECTED = {
     "cpu": ("NO", 1, True),
-    "cpu_2_processes": ("MULTI_CPU", 2, True),
+    "cpu_2_processes": ("MULTI_GPU", 2, False),
     "single_gpu": ("NO", 1, False),
     "multi_gpu": ("MULTI_GPU", 4, False),
     "deepspeed_zero1": ("DEEPSPEED", 4, False),
@@ -49,6 +51,30 @@ def test_accelerate_reads_it(path: Path):
         assert config.deepspeed_config["zero3_init_flag"] is False
     else:
         assert config.mixed_precision == "no"
+
+
+SCRIPT = """
+from cotrain.runtime.processes import make_accelerator
+found = make_accelerator()
+print(f"{found.process_index} of {found.num_processes} on {found.device.type}")
+"""
+
+
+@pytest.mark.parametrize(("name", "count"), [("cpu", 1), ("cpu_2_processes", 2)])
+def test_it_starts_as_many_processes_as_it_says(tmp_path: Path, name: str, count: int):
+    """Regression: of a file that accelerate reads well it started one process of two."""
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    file = REPOSITORY / "accelerate_configs" / f"{name}.yaml"
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(file)]
+    done = subprocess.run(
+        [*command, "--main_process_port", "0", str(script)], capture_output=True, text=True,
+        timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    # As a set: what processes write at a time may share a line's end.
+    told = set(done.stdout.split("\n")) - {""}
+    assert told == {f"{n} of {count} on cpu" for n in range(count)}
 
 
 @pytest.mark.parametrize("path", DEEPSPEED, ids=lambda path: path.stem)

@@ -57,6 +57,33 @@ def run_worker(command: Sequence[str], job: dict[str, Any], threads: int) -> dic
         return json.loads(result_path.read_text(encoding="utf-8"))
 
 
+def launch_command(
+    worker: str, count: int, on_gpu: bool, repository: Path, stage: int = 0
+) -> list[str]:
+    """What starts a worker of this package in so many processes, as a user would.
+
+    Args:
+        worker: Name of its module.
+        count: Processes of this machine.
+        on_gpu: Whether each has a GPU.
+        repository: Has accelerate_configs/ and ds_configs/.
+        stage: Of DeepSpeed's ZeRO, or 0.
+    """
+    if stage:
+        file = "deepspeed_zero1" if on_gpu else "deepspeed_cpu"
+    elif count > 1:
+        file = "multi_gpu" if on_gpu else "cpu_2_processes"
+    else:
+        file = "single_gpu" if on_gpu else "cpu"
+    options = ["--config_file", str(repository / "accelerate_configs" / f"{file}.yaml")]
+    if stage:
+        name = f"zero{stage}.json" if on_gpu else f"cpu_zero{stage}.json"
+        options += ["--deepspeed_config_file", str(repository / "ds_configs" / name)]
+    options += ["--num_processes", str(count), "--main_process_port", "0"]
+    return [sys.executable, "-m", "accelerate.commands.launch", *options, "-m",
+            f"cotrain.benchmarks.{worker}"]  # fmt: skip
+
+
 def peak_memory_mb() -> float:
     """Largest resident memory of this process so far.
 

@@ -2,21 +2,21 @@
 same cores, or by one GPU and by several."""
 
 import dataclasses
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from cotrain.benchmarks.processes import busy_warning, machine, run_worker
+from cotrain.benchmarks.processes import busy_warning, launch_command, machine, run_worker
 from cotrain.benchmarks.settings import ProcessesSettings
 
 
-def run(settings: ProcessesSettings, recipe: Path) -> dict[str, Any]:
+def run(settings: ProcessesSettings, repository: Path, recipe: Path) -> dict[str, Any]:
     """Measure both sides, print them, return everything.
 
     Args:
         settings: What is run, and by how many.
+        repository: Has accelerate_configs/.
         recipe: Settings of the run that these override.
 
     Raises:
@@ -29,20 +29,12 @@ def run(settings: ProcessesSettings, recipe: Path) -> dict[str, Any]:
     for count in (1, settings.processes):
         threads = cores if on_gpu else max(1, cores // count)
         job = dataclasses.asdict(settings) | {"threads": threads, "recipe": str(recipe)}
-        sides.append(run_worker(launch_command(count, on_gpu), job, threads))
+        command = launch_command("scaling_worker", count, on_gpu, repository)
+        sides.append(run_worker(command, job, threads))
     print(table(sides))
     if warning := busy_warning(facts):
         print(f"\n{warning}")
     return {"settings": dataclasses.asdict(settings), "machine": facts, "sides": sides}
-
-
-def launch_command(count: int, on_gpu: bool) -> list[str]:
-    """What starts the worker in so many processes."""
-    options = ["--num_processes", str(count), "--num_machines", "1", "--mixed_precision", "no",
-               "--dynamo_backend", "no", "--main_process_port", "0"]  # fmt: skip
-    options += ["--multi_gpu"] * (on_gpu and count > 1) + ["--cpu"] * (not on_gpu)
-    return [sys.executable, "-m", "accelerate.commands.launch", *options, "-m",
-            "cotrain.benchmarks.scaling_worker"]  # fmt: skip
 
 
 def table(sides: list[dict[str, Any]]) -> str:

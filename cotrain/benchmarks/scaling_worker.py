@@ -56,6 +56,7 @@ def run_config(job: dict[str, Any], folder: Path) -> Config:
         "teacher.model": job["model"],
         "teacher.quantization": job["quantization"],
         "teacher.compile": "off",
+        "distill.audit": "off",
         "query.fraction": job["fraction"],
         "train.epochs": 2,
         "train.warmup_epochs": 1,

@@ -168,6 +168,31 @@ class ProcessesSettings:
     json: str | None = option(None, "File for everything that was measured.")
 
 
+@dataclasses.dataclass(frozen=True)
+class ShardingSettings:
+    """Memory of each process and time of a step by how a large student is spread over processes.
+
+    Weights are multiples of the items here, so what is measured holds for more of them.
+    """
+
+    num_items: int = option(1_000_000, "Catalogue size.", ge=100)
+    hidden_size: int = option(64, "Width of item embeddings and states.", ge=1)
+    num_heads: int = option(2, "Attention heads; divides the hidden size.", ge=1)
+    ways: tuple[Literal["ddp", "zero1", "zero2", "zero3"], ...] = option(
+        ("ddp", "zero1", "zero2", "zero3"),
+        "Whole on every process (DDP), or sharded by a stage of DeepSpeed's ZeRO.",
+    )
+    processes: tuple[int, ...] = option((1, 2), "Numbers of processes.", ge=1)
+    steps: int = option(5, "Steps that are timed, after two that are not.", ge=1)
+    batch_size: int = option(64, "Users an optimizer step, over all processes.", ge=1)
+    num_negatives: int = option(1024, "Negatives a step (sampled softmax).", ge=1)
+    threads: int | None = option(
+        None, "CPU threads, shared by the processes of a point; none: one a core.", ge=1
+    )
+    seed: int = option(0, "Seed of interactions and weights.", ge=0)
+    json: str | None = option(None, "File for everything that was measured.")
+
+
 def add_options(parser: argparse.ArgumentParser, settings: type) -> None:
     """One `--name-with-hyphens` for each field of a settings dataclass."""
     for leaf in leaves(settings):

@@ -55,16 +55,19 @@ class EpochReport:
 
 
 class Training:
-    """A fresh student and its batches, on the CPU.
+    """A fresh student and its batches.
 
     Args:
         data: The interactions.
         config: Settings of the run.
+        accelerator: Device and processes; None: one on the CPU.
     """
 
-    def __init__(self, data: InteractionData, config: Config):
+    def __init__(
+        self, data: InteractionData, config: Config, accelerator: Accelerator | None = None
+    ):
         self.data, self.config = data, config
-        self.accelerator = Accelerator(cpu=True)
+        self.accelerator = accelerator or Accelerator(cpu=True)
         seed_everything(config.seed, 0)
         self.state: CotrainState = new_state(data.num_items, None, config, self.accelerator)
         train = config.train
@@ -74,7 +77,10 @@ class Training:
             train.gbce_calibration,
         )  # fmt: skip
         dataset = SequenceDataset(data, config.student.max_length, config.seed)
-        self.sampler = EpochSampler(dataset.users, config.train.batch_size, config.seed)
+        self.sampler = EpochSampler(
+            dataset.users, config.train.batch_size, config.seed,
+            self.accelerator.process_index, self.accelerator.num_processes,
+        )  # fmt: skip
         self.loader = make_loader(dataset, self.sampler)
 
     @property

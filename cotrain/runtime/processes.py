@@ -39,6 +39,9 @@ def make_accelerator(**options: Any) -> Accelerator:
         if not torch.cuda.is_available():
             _use_deepspeed_on_cpu()
             handlers.append(InitProcessGroupKwargs(backend="gloo"))
+    elif os.environ.get("LOCAL_RANK") and not torch.cuda.is_available():
+        # Else Accelerate takes each of several processes without a GPU for the only one.
+        options |= {"cpu": True}
     accelerator = Accelerator(kwargs_handlers=handlers, **options)
     # Else transformers would shard every language model that is loaded from here on as ZeRO-3 does,
     # and a teacher in 4 bits cannot be.
@@ -64,6 +67,13 @@ def check_processes(accelerator: Accelerator) -> None:
     if accelerator.distributed_type == "DEEPSPEED":
         comm = importlib.import_module("deepspeed.comm")
         counts["DeepSpeed"] = comm.get_world_size() if comm.is_initialized() else 1
+    if len(counts) == 2 and accelerator.num_processes == 1 and _asks_for_several():
+        raise ConfigError(
+            "Several processes were asked for and this one was started alone: accelerate launch "
+            "does that on a CPU, except through mpirun. Launch with "
+            "accelerate_configs/cpu_2_processes.yaml, or unset MASTER_ADDR and MASTER_PORT if they "
+            "are left over from something else."
+        )
     if len(set(counts.values())) > 1:
         told = ", ".join(f"{who} {count}" for who, count in counts.items())
         raise ConfigError(
@@ -82,6 +92,11 @@ def check_processes(accelerator: Accelerator) -> None:
 
 def _asks_for_deepspeed() -> bool:
     return os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+
+
+def _asks_for_several() -> bool:
+    """Whether accelerate launch left what several processes find each other by."""
+    return {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
 
 
 def _use_deepspeed_on_cpu() -> None:

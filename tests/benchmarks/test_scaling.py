@@ -5,11 +5,16 @@ import time
 from pathlib import Path
 from typing import Any
 
-from cotrain.benchmarks.scaling import launch_command, table
+import pytest
+
+from cotrain.benchmarks.processes import launch_command
+from cotrain.benchmarks.scaling import table
 from cotrain.benchmarks.scaling_worker import TimedLog, run_config
 from cotrain.benchmarks.settings import ProcessesSettings
+from cotrain.benchmarks.sharding import line
 
-RECIPE = Path(__file__).parents[2] / "scripts" / "recipes" / "quickstart.yaml"
+REPOSITORY = Path(__file__).parents[2]
+RECIPE = REPOSITORY / "scripts" / "recipes" / "quickstart.yaml"
 
 
 def test_only_steps_that_ask_are_timed_and_not_the_first_of_an_epoch():
@@ -51,7 +56,16 @@ def test_the_table_shows_both_sides():
     assert "2 processes take 1.60 times as many steps" in text
 
 
-def test_processes_are_launched_where_the_models_run():
-    assert "--cpu" in launch_command(2, on_gpu=False)
-    assert "--multi_gpu" in launch_command(2, on_gpu=True)
-    assert not {"--cpu", "--multi_gpu"} & set(launch_command(1, on_gpu=True))
+@pytest.mark.parametrize("on_gpu", [False, True])
+@pytest.mark.parametrize(("count", "stage"), [(1, 0), (2, 0), (2, 1), (2, 2), (2, 3)])
+def test_processes_are_launched_with_files_that_are_there(on_gpu: bool, count: int, stage: int):
+    command = launch_command("scaling_worker", count, on_gpu, REPOSITORY, stage)
+    files = [Path(word) for word in command if word.endswith((".yaml", ".json"))]
+    assert len(files) == (2 if stage else 1)
+    assert all(file.is_file() for file in files)
+    assert command[command.index("--num_processes") + 1] == str(count)
+
+
+def test_a_point_of_the_sharding_table():
+    point = {"way": "zero1", "processes": 2, "step_s": 0.5, "peak_bytes": 24e6, "weights": 10**6}
+    assert line(point) == "| zero1 | 2 | 0.500 | 24 | 24.0 |"

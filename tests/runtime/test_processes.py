@@ -35,6 +35,19 @@ def test_a_launcher_that_started_more_is_believed(
     assert "accelerate_configs/" in str(raised.value)
 
 
+def test_one_that_was_started_alone_of_several_stops(
+    accelerator: Accelerator, monkeypatch: pytest.MonkeyPatch
+):
+    """Regression: `accelerate launch --cpu --num_processes 2` starts one process and says nothing
+    of it."""
+    for name, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}.items():
+        monkeypatch.setenv(name, value)
+    check_processes(accelerator)  # not by accelerate launch
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    with pytest.raises(ConfigError, match=r"cpu_2_processes\.yaml"):
+        check_processes(accelerator)
+
+
 def test_what_is_no_number_is_passed_over(
     accelerator: Accelerator, monkeypatch: pytest.MonkeyPatch
 ):
