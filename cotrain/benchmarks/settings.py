@@ -178,9 +178,10 @@ class ShardingSettings:
     num_items: int = option(1_000_000, "Catalogue size.", ge=100)
     hidden_size: int = option(64, "Width of item embeddings and states.", ge=1)
     num_heads: int = option(2, "Attention heads; divides the hidden size.", ge=1)
-    ways: tuple[Literal["ddp", "zero1", "zero2", "zero3"], ...] = option(
-        ("ddp", "zero1", "zero2", "zero3"),
-        "Whole on every process (DDP), or sharded by a stage of DeepSpeed's ZeRO.",
+    ways: tuple[Literal["ddp", "ddp_lazy", "zero1", "zero2", "zero3"], ...] = option(
+        ("ddp", "ddp_lazy", "zero1", "zero2", "zero3"),
+        "Whole on every process (DDP), with all item embeddings updated or (lazy) those looked up, "
+        "or sharded by a stage of DeepSpeed's ZeRO.",
     )
     processes: tuple[int, ...] = option((1, 2), "Numbers of processes.", ge=1)
     steps: int = option(5, "Steps that are timed, after two that are not.", ge=1)

@@ -34,8 +34,9 @@ def run(settings: ShardingSettings, repository: Path) -> dict[str, Any]:
     for way in settings.ways:
         for count in settings.processes:
             threads = cores if on_gpu else max(1, cores // count)
-            job = dataclasses.asdict(settings) | {"threads": threads}
-            stage = 0 if way == "ddp" else int(way[-1])
+            updates = "lazy" if way.endswith("lazy") else "all"
+            job = dataclasses.asdict(settings) | {"threads": threads, "item_updates": updates}
+            stage = int(way.removeprefix("zero")) if way.startswith("zero") else 0
             command = launch_command("sharding_worker", count, on_gpu, repository, stage)
             points.append({"way": way} | run_worker(command, job, threads))
             print(line(points[-1]), flush=True)

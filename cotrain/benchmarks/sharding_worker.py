@@ -27,7 +27,7 @@ def main(job_path: Path, result_path: Path) -> None:
     steps = WARMUP_STEPS + job["steps"]
     data = random_interactions(job["num_items"], steps * job["batch_size"], _HISTORY, job["seed"])
     same = {"num_layers": 2, "max_length": _HISTORY, "dropout": 0.2, "learning_rate": 1e-3}
-    same |= {"loss": "sampled_softmax", "item_updates": "all", "gbce_calibration": 0.75}
+    same |= {"loss": "sampled_softmax", "gbce_calibration": 0.75}
     config = run_config(job | same)
     on_gpu = accelerator.device.type == "cuda"
     reset_peak_memory()

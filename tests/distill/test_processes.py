@@ -370,6 +370,7 @@ def wait_for(condition: Callable[[], object], process: subprocess.Popen[str]) ->
 @pytest.mark.slow
 def test_launched_stopped_and_launched_again(arguments: list[str], tmp_path: Path):
     folder, config = tmp_path / "run", REPOSITORY / "accelerate_configs" / "cpu_2_processes.yaml"
+    arguments = [*arguments, "--train.epochs", "30"]  # or it ends before it is stopped
     process = subprocess.Popen(
         launch(config, *arguments, "--output_dir", str(folder)), cwd=REPOSITORY, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
