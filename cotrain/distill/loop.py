@@ -14,6 +14,7 @@ from cotrain.config import Config
 from cotrain.data.batches import EpochSampler, SequenceDataset, collate, make_loader
 from cotrain.data.interactions import InteractionData
 from cotrain.distill.audit import audit, audit_rows
+from cotrain.distill.choosing import chosen_by_student
 from cotrain.distill.learner import fork_control
 from cotrain.distill.querying import Teacher
 from cotrain.distill.rationales import Rationales
@@ -90,6 +91,8 @@ def fit(state: CotrainState, run: Run) -> None:
             if distills and state.epoch == train.warmup_epochs and state.step_in_epoch == 0:
                 start_distilling(state, run, dataset)
             teacher = run.teacher if distills else None
+            if teacher is not None and state.step_in_epoch == 0:
+                choose_users(state, run, dataset)
             sampler.start_at(state.epoch, state.step_in_epoch)
             for batch in loader:
                 if state.step >= pace.total_steps:
@@ -150,6 +153,24 @@ def start_distilling(state: CotrainState, run: Run, dataset: SequenceDataset) ->
             "show (above), and distill.audit is stop. Train it (scripts/train_teacher.py), take "
             "another one, audit more rows (distill.audit_rows), or set distill.audit warn."
         )
+    settings = run.config.distill
+    if settings.target == "blend" and settings.blend_beta == "auto" and state.audits:
+        # Of this audit and no later one: here the student is what the blend is made with.
+        state.blend_beta = state.audits[-1]["beta"]
+        tell(f"distill.blend_beta auto: {state.blend_beta:g}", run.accelerator)
+
+
+def choose_users(state: CotrainState, run: Run, dataset: SequenceDataset) -> None:
+    """Whom the present student lets ask in the epoch that begins, where the policy leaves it to
+    the student; a collective."""
+    assert run.teacher is not None
+    if run.teacher.query.follows_student:
+        chosen = chosen_by_student(
+            state.student, run.teacher.query, dataset, state.epoch,
+            run.config.teacher.num_candidates, run.accelerator,
+        )  # fmt: skip
+        state.asking = torch.from_numpy(chosen)
+        run.teacher.query.settle(state.epoch, chosen)
 
 
 def audit_teacher(state: CotrainState, run: Run) -> None:

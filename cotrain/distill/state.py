@@ -38,6 +38,8 @@ class CotrainState:
         start_effective_rank: Of the student's states when the teacher started; 0 before.
         identifier_bias: (W,) the teacher's calibration; zeros before it started.
         lambda_rank: Weight of the ranking loss; where the audit decides it, 0 before.
+        blend_beta: β of the blend that the ranking loss teaches; where the audit fits it, 0 before.
+        asking: (n,) int64 users that ask in the running epoch, where the student chose them.
         audits: What each audit of the teacher found, with its step and epoch.
     """
 
@@ -51,6 +53,8 @@ class CotrainState:
     start_effective_rank: float = 0.0
     identifier_bias: Tensor = field(default_factory=lambda: torch.zeros(0))
     lambda_rank: float = 0.0
+    blend_beta: float = 0.0
+    asking: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
     audits: list[dict[str, Any]] = field(default_factory=list)
 
     @property
@@ -107,6 +111,7 @@ def new_state(
         meter=TeacherMeter(config.teacher.num_candidates),
         identifier_bias=torch.zeros(config.teacher.num_shown),
         lambda_rank=0.0 if config.distill.lambda_rank == "auto" else config.distill.lambda_rank,
+        blend_beta=0.0 if config.distill.blend_beta == "auto" else config.distill.blend_beta,
     )
 
 
@@ -122,7 +127,7 @@ def learning_rate(step: int, total_steps: int, config: Config) -> float:
 
 _POSITION = (
     "epoch", "step_in_epoch", "step", "seconds", "start_effective_rank", "identifier_bias",
-    "lambda_rank", "audits",
+    "lambda_rank", "blend_beta", "asking", "audits",
 )  # fmt: skip
 
 
