@@ -322,6 +322,12 @@ class QueryConfig:
         0.1, "Share of the users that ask the teacher in an epoch; has no say in policy all.",
         ge=0, le=1,
     )  # fmt: skip
+    when: Literal["live", "offline"] = option(
+        "live",
+        "live: each row asks on what the student proposes in the step that learns from it. "
+        "offline: the rows of all epochs ask before the first of them, on what the student of the "
+        "warm-up proposes, and its verdicts are kept.",
+    )
 
 
 @dataclasses.dataclass(frozen=True)

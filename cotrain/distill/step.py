@@ -7,7 +7,7 @@ no optimizer and in no checkpoint.
 import functools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
@@ -22,6 +22,7 @@ from cotrain.distill.querying import Teacher, verdict_weight
 from cotrain.distill.rationales import Found, Rationales, RationaleTerms
 from cotrain.distill.state import CotrainState
 from cotrain.distill.targets import blend_probs
+from cotrain.distill.verdicts import Judged
 from cotrain.errors import CotrainError
 from cotrain.runtime.seeding import replayed, torch_state
 from cotrain.student.losses import TrainingLoss
@@ -42,7 +43,7 @@ def cotrain_step(
 ) -> dict[str, float]:
     """One optimizer step of the student, and of the control beside it.
 
-    The student proposes, the teacher judges; then the student learns, and the control, each in
+    The student proposes, the teacher judges; then the control learns, and the student, each in
     `train.accumulation_steps` parts of the rows. Collectives, the same on every process whatever
     the teacher answered: questions and verdicts, the projector's moments, the counts, the
     gradients, the sums of the losses.
@@ -121,29 +122,6 @@ def cotrain_step(
 
 
 @dataclass(frozen=True)
-class Judged:
-    """What the teacher said of rows, where the student is.
-
-    Attributes:
-        candidate_ids: (B, K) that the student proposed.
-        probs: (B, K) Q.
-        decision_state: (B, H).
-        valid: (B,) bool.
-        weight: (B,) what each verdict counts.
-    """
-
-    candidate_ids: Tensor
-    probs: Tensor
-    decision_state: Tensor
-    valid: Tensor
-    weight: Tensor
-
-    def rows(self, part: slice) -> "Judged":
-        """Those of some rows."""
-        return Judged(*(getattr(self, field.name)[part] for field in fields(self)))
-
-
-@dataclass(frozen=True)
 class Part:
     """Rows that one forward takes, with all that is known of them before it."""
 
@@ -179,32 +157,44 @@ def let_judge(
     config: Config,
     accelerator: Accelerator,
 ) -> Judged:
-    """Let the teacher judge what the student proposes for a whole batch; a collective.
+    """Verdicts on a whole batch, where the student is; a collective.
 
     Args:
-        state: Gives the student; its meter and the projector's moments change.
+        state: Gives the student, and verdicts that were kept; its meter and the projector's moments
+            change.
         batch: This process's rows, on the CPU, where prompts are made.
         teacher: Who is asked, and which rows ask.
-        config: Confidence.
+        config: Whether the teacher is asked now; confidence.
         accelerator: Device and collectives.
     """
-    device = accelerator.device
-    state.student.refresh()
-    candidates = propose(state.student, batch, teacher.num_candidates, accelerator)
-    verdict, asked = teacher.ask(batch, candidates, state.epoch)
-    state.meter.observe(batch, candidates, verdict, asked)
-    judged = Judged(
-        candidates.item_ids.to(device),
-        verdict.probs.to(device),
-        verdict.decision_state.to(device),
-        verdict.valid.to(device),
-        verdict_weight(verdict, config.distill.weighs_by).to(device),
-    )
+    if config.query.when == "offline":
+        judged = state.kept.of_batch(batch, state.epoch)
+    else:
+        judged = ask(state, batch, teacher, state.epoch, config, accelerator)
+    judged = judged.to(accelerator.device)
     assert state.projector is not None  # there is a teacher
     state.projector.observe(
         judged.decision_state, judged.valid, lambda sums: total(sums, accelerator)
     )
     return judged
+
+
+def ask(
+    state: CotrainState,
+    batch: SequenceBatch,
+    teacher: Teacher,
+    epoch: int,
+    config: Config,
+    accelerator: Accelerator,
+) -> Judged:
+    """Let the teacher judge what the student proposes for the rows of a CPU batch that ask in an
+    epoch; a collective. The verdicts are on the CPU."""
+    state.student.refresh()
+    candidates = propose(state.student, batch, teacher.num_candidates, accelerator)
+    verdict, asked = teacher.ask(batch, candidates, epoch)
+    state.meter.observe(batch, candidates, verdict, asked)
+    weight = verdict_weight(verdict, config.distill.weighs_by)
+    return Judged(candidates.item_ids, verdict.probs, verdict.decision_state, verdict.valid, weight)
 
 
 @torch.no_grad()

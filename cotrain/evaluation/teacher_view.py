@@ -25,6 +25,10 @@ _POLICIES = {
     "loss": "where the item that was taken surprises the student most",
     "k-center": "users whose states are unlike each other",
 }
+_WHEN = {
+    "live": "on what the student proposes in the step that learns",
+    "offline": "once, on what the student proposed after the warm-up",
+}
 _CALIBRATIONS = {
     "batch": "what it gives an identifier on average over rows is subtracted",
     "content_free": "what it gives an identifier with N/A for every title is subtracted",
@@ -83,6 +87,7 @@ def _asking_rows(teacher: dict[str, Any]) -> list[Row]:
     policy = str(query.get("policy", NONE)).replace("_", "-")
     rows = [
         ("Who asks", policy, _POLICIES.get(policy, "")),
+        ("When", str(query.get("when", NONE)), _WHEN.get(str(query.get("when")), "")),
         ("Rows an epoch", number(query.get("rows_per_epoch")), "by that policy"),
         ("Mode", str(get("mode", NONE)), "how the verdict is read"),
         ("Decision state", str(get("decision_position", NONE)), "position it is taken from"),
@@ -112,7 +117,7 @@ def _asking_rows(teacher: dict[str, Any]) -> list[Row]:
 def _target(teacher: dict[str, Any]) -> tuple[str, str]:
     if teacher.get("target") != "blend":
         return str(teacher.get("target", NONE)), "its own distribution over the candidates"
-    beta = number(teacher["blend_beta"], 2)
+    beta = number(float(teacher["blend_beta"]), 2)
     return f"blend, β {beta}", "the control's scores + β · the teacher's log-probabilities"
 
 
