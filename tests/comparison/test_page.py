@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from jinja2 import UndefinedError
 
+from cotrain.comparison.charts import _by_budget
 from cotrain.comparison.page import console_table, write
 from cotrain.comparison.runs import Failure
 from cotrain.comparison.summary import summarise
@@ -104,6 +105,32 @@ def test_the_files_hold_the_result_and_the_verdict(result: Result, tmp_path: Pat
     loaded = json.loads(paths[0].read_text(encoding="utf-8"))
     assert loaded.pop("verdict") == asdict(verdict(result))
     assert loaded == json.loads(json.dumps(json_ready(result)))
+
+
+def test_gains_are_drawn_by_the_rows_that_were_asked_for_them(
+    plan, data, run_result, tmp_path: Path
+):
+    made = plan("ce,ranking", 1, vary=("query.fraction=0.05,0.2", "query.policy=entropy"))
+    rows = dict(zip(made.arms, (0, 30, 15, 60, 30), strict=True))
+    results = [
+        run_result(run, np.random.default_rng(rows[run.arm]).integers(1, 40, 60),
+                   teacher={"rows_asked": rows[run.arm], "seconds": 5.0})
+        for run in made.runs
+    ]  # fmt: skip
+    result = summarise(made, results, [], data, [])
+    html, found = page(result, tmp_path)
+    assert "by rows that asked the teacher" in found.words
+    assert "For each +.001 of NDCG@10" in found.words
+    assert html.count("ranking+fraction=0.2") > 2
+    curves = _by_budget(result, made.arms[1:])
+    assert curves == [
+        ["ranking", "ranking+fraction=0.05", "ranking+fraction=0.2"], ["ranking+policy=entropy"]
+    ]  # fmt: skip
+    # One number of rows is no curve.
+    same = [run_result(one.run, one.ranks, teacher={"rows_asked": 9, "seconds": 1.0})
+            for one in results]  # fmt: skip
+    _, found = page(summarise(made, same, [], data, []), tmp_path)
+    assert "by rows that asked the teacher" not in found.words
 
 
 def test_the_numbers_survive_a_page_that_fails(result: Result, tmp_path: Path):
