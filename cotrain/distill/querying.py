@@ -37,7 +37,7 @@ class Query:
         self.users = users
         self.rows_per_epoch = len(users) if policy == "all" else round(fraction * len(users))
         self.seed = seed
-        self.policy = policy
+        self.policy: Policy = policy
         self._chosen: tuple[int, np.ndarray] = (-1, users[:0])
 
     @property

@@ -18,6 +18,7 @@ from cotrain.comparison.page import console_table, write
 from cotrain.comparison.runs import Failure
 from cotrain.comparison.summary import summarise
 from cotrain.comparison.verdict import verdict
+from cotrain.evaluation.formats import duration, number
 from cotrain.evaluation.report import json_ready
 
 HOSTILE = "<script>alert('x')</script> & \"[Z]\" $\\frac$ {{ 1 }} </pre></details>"
@@ -196,6 +197,8 @@ def test_the_page_shows_the_comparison(make: Make, tmp_path: Path):
     result = make(failed=("decision_state/1",))
     result["equal_terms"] |= {"twins": 5, "same": 3, "other_epoch": 1, "differ": 1}
     against = result["arms"]["logit_kd"]["against_baseline"]["ndcg@10"]
+    point = result["arms"]["logit_kd"]["per_point"]
+    cost = f"{number(point['rows'], 1)} rows, {duration(point['seconds'])}"
     html, parsed = page(result, tmp_path)
     found = verdict(result)
     for line in (f"{found.headline}.", *found.findings, *found.limits):
@@ -212,7 +215,7 @@ def test_the_page_shows_the_comparison(make: Make, tmp_path: Path):
         "seed; 1 may differ because validation chose another epoch; 1 differ without that reason.",
         "teacher.model none",
         "distill.lambda_emb 0.0",
-        "logit_kd 120 30 s – 1 min 0 s",
+        f"logit_kd 120 30 s {cost} – 1 min 0 s",
         "Popularity of the target",
         "ce, seed 2",
         "train.epochs 40",
