@@ -100,9 +100,9 @@ def _rows_chart(result: dict[str, Any]) -> Chart | None:
     for name, (rows, against) in found.items():
         axes.plot([rows] * 2, against["ci95"], lw=1.3, color=PALETTE["student"], alpha=0.35)
         axes.plot([rows], [against["absolute"]], "o", ms=5, color=PALETTE["student"], mew=0)
-        axes.annotate(name, (rows, against["absolute"]), xytext=(5, 3), fontsize=8,
+        axes.annotate(name, (rows, against["absolute"]), xytext=(5, -9), fontsize=8,
                       textcoords="offset points")  # fmt: skip
-    axes.set_xlim(0, 1.35 * max(rows for rows, _ in found.values()))  # names stand on the right
+    axes.set_xlim(0, 1.6 * max(rows for rows, _ in found.values()))  # names stand on the right
     axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
     axes.set_xlabel("rows asked in a run")
     return Chart(
