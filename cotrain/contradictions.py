@@ -40,6 +40,12 @@ def contradictions(config: Any) -> list[str]:
             "distill.lambda_rank is auto, but distill.audit is off, which it follows; set "
             "distill.audit warn, or a number for distill.lambda_rank."
         )
+    fits = config.distill.target == "blend" and config.distill.blend_beta == "auto"
+    if fits and config.teacher.model is not None and config.distill.audit == "off":
+        problems.append(
+            "distill.target is blend and distill.blend_beta auto, but distill.audit is off, which "
+            "fits it; set distill.audit warn, or a number for distill.blend_beta."
+        )
     if config.student.item_text == "teacher" and config.teacher.model is None:
         problems.append(
             "student.item_text is teacher, but teacher.model is none; name a sentence encoder, or "

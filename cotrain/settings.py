@@ -243,13 +243,27 @@ class DistillConfig:
     teacher_temperature: float = option(
         1.0, "τ_t: the teacher's identifier logits are divided by it.", gt=0
     )
+    target: Literal["teacher", "blend"] = option(
+        "teacher",
+        "What the ranking loss teaches. teacher: the teacher's own distribution Q over the "
+        "candidates. blend: the control's scores of them with what the teacher adds, "
+        "softmax((s + β · spread(s) · t) / τ_s), t the log of Q in units of its spread within a "
+        "row; without a control, the student's own scores.",
+    )
+    blend_beta: float | Literal["auto"] = option(
+        "auto",
+        "blend: β, spreads of the scores that a spread of the teacher's is worth. auto: what the "
+        "audit fits before the teacher teaches.",
+        ge=0,
+    )
     order_temperature: float = option(
         3.0, "τ_r: where the teacher gives an order without logits, Q ∝ exp(−rank / τ_r).", gt=0
     )
-    confidence: Literal["entropy", "agreement", "none"] = option(
-        "entropy",
+    confidence: Literal["auto", "entropy", "agreement", "none"] = option(
+        "auto",
         "Weight of a row's verdict. entropy: 1 − H(Q) / log K; agreement: between the rankings of "
-        "teacher.shuffles; none: 1 for every valid row.",
+        "teacher.shuffles; none: 1 for every valid row. auto: entropy; but none for "
+        "distill.target blend, whose β says already what a verdict counts.",
     )
     audit: Literal["off", "warn", "stop"] = option(
         "warn",
@@ -285,13 +299,34 @@ class DistillConfig:
         "from where texts begin alike; or with all directions made equally wide.",
     )
 
+    @property
+    def weighs_by(self) -> str:
+        """`confidence`, where it is auto decided."""
+        if self.confidence != "auto":
+            return self.confidence
+        return "none" if self.target == "blend" else "entropy"
+
 
 @dataclasses.dataclass(frozen=True)
 class QueryConfig:
     """Which rows ask the teacher."""
 
+    policy: Literal["all", "random", "entropy", "margin", "loss", "k_center"] = option(
+        "random",
+        "Which users ask, chosen anew each epoch. all: every one. random: drawn. By the student of "
+        "the epoch's start, at the epoch's cuts: entropy and margin between the two best: where "
+        "softmax over its candidates is least sure; loss: where the item that was taken surprises "
+        "it most; k_center: whose states are unlike each other.",
+    )
     fraction: float = option(
-        0.1, "Share of the users, drawn anew each epoch, that ask the teacher.", ge=0, le=1
+        0.1, "Share of the users that ask the teacher in an epoch; has no say in policy all.",
+        ge=0, le=1,
+    )  # fmt: skip
+    when: Literal["live", "offline"] = option(
+        "live",
+        "live: each row asks on what the student proposes in the step that learns from it. "
+        "offline: the rows of all epochs ask before the first of them, on what the student of the "
+        "warm-up proposes, and its verdicts are kept.",
     )
 
 

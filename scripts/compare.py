@@ -4,6 +4,8 @@
     python scripts/compare.py --recipe RECIPE.yaml --arms ce,logit_kd,rdr,decision_state,full \\
         --seeds 5 --distill.rationales STORE --distill.lambda_rdr 0.1
     python scripts/compare.py --arms ce,rdr,rdr_gram --distill.rationales STORE --output FOLDER
+    python scripts/compare.py --arms ce,ranking --vary query.fraction=0.025,0.05 \\
+        --vary query.policy=entropy,margin                                # one thing at a time
 
 Every arm trains with the same data, seeds, initial weights, batches and epochs, each run in a
 process and a folder of its own. Interrupted or killed, the same command goes on from where it was.
@@ -63,10 +65,18 @@ def parse(argv: list[str]) -> Plan:
     parser.add_argument(
         "--output", type=Path, help="folder, which a restart finds again; default: comparisons/DATA"
     )
+    parser.add_argument(
+        "--vary", action="append", default=[], metavar="SETTING=VALUE,VALUE",
+        help="further arms, one a value, each like the last of --arms but for it; may be repeated",
+    )  # fmt: skip
+    parser.add_argument("--vary_arm", help="the arm that these are like; default: the last one")
     given, options = parser.parse_known_args(argv)
     seeds, first = _whole("--seeds", given.seeds, 1), _whole("--first_seed", given.first_seed, 0)
     names = None if given.arms is None else [name.strip() for name in given.arms.split(",")]
-    return make_plan(given.recipe, options, names, range(first, first + seeds), given.output)
+    return make_plan(
+        given.recipe, options, names, range(first, first + seeds), given.output, given.vary,
+        given.vary_arm,
+    )  # fmt: skip
 
 
 def _whole(name: str, text: str, least: int) -> int:

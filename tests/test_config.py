@@ -150,7 +150,7 @@ def test_words_that_are_no_option_and_options_without_a_value():
         ("teacher.quantization", "fp64", "one of nf4, int8, bf16, fp32"),
         ("teacher.quantization", "NF4", "one of nf4, int8, bf16, fp32"),
         ("teacher.mode", "listwise", "one of direct, generate, cot, bigrec, pointwise"),
-        ("distill.confidence", "true", "one of entropy, agreement, none"),
+        ("distill.confidence", "true", "one of auto, entropy, agreement, none"),
         ("teacher.window", "all", "a whole number or none"),
         ("teacher.batch_tokens", "8k", "a whole number or none"),
     ],

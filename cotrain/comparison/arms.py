@@ -33,17 +33,18 @@ class Arm:
     @property
     def asks(self) -> bool:
         """Whether a live teacher takes part."""
-        return "teacher.model" not in self.settings
+        return self.settings.get("teacher.model", "") is not None
 
     @property
     def reads(self) -> bool:
         """Whether rationales take part."""
-        return "distill.rationales" not in self.settings
+        return self.settings.get("distill.rationales", "") is not None
 
 
 _NO_TEACHER: dict[str, Any] = {"teacher.model": None}
 _NO_RATIONALES: dict[str, Any] = {"distill.rationales": None, "distill.lambda_rdr": 0.0}
 _RANK, _EMB, _RDR = "distill.lambda_rank", "distill.lambda_emb", "distill.lambda_rdr"
+_TARGET, _WHEN = "distill.target", "query.when"
 
 ARMS = {
     "ce": Arm(
@@ -53,7 +54,7 @@ ARMS = {
     "logit_kd": Arm(
         "a live teacher's identifier logits: ListNet against softmax(logits / τ_t), whose gradient "
         "is that of KL logit distillation",
-        _NO_RATIONALES | {_EMB: 0.0},
+        _NO_RATIONALES | {_EMB: 0.0, _TARGET: "teacher"},
         (_RANK,),
     ),
     "rdr": Arm(
@@ -64,7 +65,19 @@ ARMS = {
         _NO_RATIONALES | {_RANK: 0.0},
         (_EMB,),
     ),
+    "ranking": Arm(
+        "a live teacher's logits blended with the control's scores: ListNet against what the "
+        "teacher adds to them",
+        _NO_RATIONALES | {_EMB: 0.0, _TARGET: "blend", _WHEN: "live"},
+        (_RANK,),
+    ),
     "full": Arm("logits, decision state and rationales together", {}, (_RANK, _EMB, _RDR)),
+    "offline": Arm(
+        "ranking, but all rows are asked once, on what the student proposes after its warm-up",
+        _NO_RATIONALES | {_EMB: 0.0, _TARGET: "blend", _WHEN: "offline"},
+        (_RANK,),
+        variant=True,
+    ),
     "rdr_gram": Arm(
         "rdr, matching how alike the user states of a batch are to each other",
         _NO_TEACHER | {"distill.rdr_form": "gram"},
@@ -91,7 +104,7 @@ class PlannedRun:
     """One training run.
 
     Attributes:
-        arm: Key of `ARMS`.
+        arm: Its name.
         seed: Of all that is random in it.
         config: Its settings.
         output: Folder of the comparison.
@@ -119,9 +132,10 @@ class Plan:
 
     Attributes:
         base: The recipe with what was set for all arms.
-        arms: Keys of `ARMS`, the baseline among them.
+        arms: Names, the baseline's among them.
         seeds: Of every arm.
         output: Folder of the comparison.
+        defined: What each arm is.
         settings: By arm, as `Arm.settings` with the weight of rationales filled in.
         runs: By seed, then arm: what is there after an hour can be compared already.
     """
@@ -130,6 +144,7 @@ class Plan:
     arms: tuple[str, ...]
     seeds: tuple[int, ...]
     output: Path
+    defined: dict[str, Arm] = field(default_factory=dict)
     settings: dict[str, dict[str, Any]] = field(default_factory=dict)
     runs: tuple[PlannedRun, ...] = ()
 
@@ -140,6 +155,8 @@ def make_plan(
     arms: Sequence[str] | None,
     seeds: Sequence[int],
     output: Path | None,
+    vary: Sequence[str] = (),
+    vary_arm: str | None = None,
 ) -> Plan:
     """Check every arm's settings and lay out the runs.
 
@@ -149,6 +166,8 @@ def make_plan(
         arms: Keys of `ARMS`; None: those that the settings allow, without variants.
         seeds: Of every arm.
         output: Folder of the comparison; None: comparisons/DATA.
+        vary: Settings with values, as `distill.lambda_rank=0.05,0.3`; each value is a further arm.
+        vary_arm: Which of the arms these are like but for that value; None: the last one.
 
     Raises:
         ConfigError: An arm is unknown or cannot run, or a setting is wrong; all that is wrong with
@@ -165,31 +184,33 @@ def make_plan(
         )
     chosen = _chosen(arms, base)
     output = output or Path("comparisons") / Path(base.data.name).name
+    defined = {name: ARMS[name] for name in chosen} | _varied(vary, vary_arm or chosen[-1], chosen)
     problems, configs = [], {}
-    settings = {name: _settings(ARMS[name], base) for name in chosen}
-    for name in chosen:
-        found = _missing(ARMS[name], base)
+    settings = {name: _settings(arm, base) for name, arm in defined.items()}
+    for name, arm in defined.items():
+        found = _missing(arm, base)
         if not found:
             try:
                 configs[name] = _parse(recipe, options, settings[name])
             except ConfigError as error:
                 found = [str(error)]
         problems += [f"{name}: {text}" for text in found]
-    for place, name in enumerate(configs):
-        for other in list(configs)[:place]:
-            if configs[name] == configs[other]:
-                problems.append(f"{name} has the very settings of {other}; leave one out.")
+    for name, other in _alike(configs):
+        if name in chosen:
+            problems.append(f"{name} has the very settings of {other}; leave one out.")
+        else:  # the value that the recipe has, and so an arm that is there already
+            del defined[name], settings[name]
     if problems:
         listed = "\n".join(f"  - {problem}" for problem in problems)
         raise ConfigError(f"{len(problems)} thing(s) keep arms from running:\n{listed}")
     runs = []
     for seed in seeds:
-        for name in chosen:
+        for name in defined:
             # Not parsed once more: reading settings takes a second, and there are many runs.
             folder = output / name / f"seed-{seed}"
             config = replace(configs[name], seed=seed, output_dir=str(folder))
             runs.append(PlannedRun(name, seed, config, output))
-    return Plan(base, chosen, tuple(seeds), output, settings, tuple(runs))
+    return Plan(base, tuple(defined), tuple(seeds), output, defined, settings, tuple(runs))
 
 
 _OWN = {
@@ -223,6 +244,43 @@ def _chosen(arms: Sequence[str] | None, base: Config) -> tuple[str, ...]:
     return tuple(arms)
 
 
+def _alike(configs: dict[str, Config]) -> list[tuple[str, str]]:
+    """Names with the first one before each that has the same settings."""
+    found, names = [], list(configs)
+    for place, name in enumerate(names):
+        same = [other for other in names[:place] if configs[other] == configs[name]]
+        found += [(name, other) for other in same[:1]]
+    return found
+
+
+def _varied(vary: Sequence[str], like: str, chosen: Sequence[str]) -> dict[str, Arm]:
+    """An arm for each value, by name.
+
+    Raises:
+        ConfigError: There is no such arm, or what is varied is not told.
+    """
+    if vary and like not in chosen:
+        raise ConfigError(f"--vary_arm {like} is none of the arms {', '.join(chosen)}; add it.")
+    found = {}
+    for word in vary:
+        setting, _, values = word.removeprefix("--").partition("=")
+        if not setting or not all(values.split(",")):
+            raise ConfigError(
+                f"--vary {word!r} names no values; expected SETTING=VALUE,VALUE, such as "
+                "distill.lambda_rank=0.05,0.3."
+            )
+        if f"--{setting}" in _OWN:
+            raise ConfigError(f"--vary {setting} cannot be done: {_OWN[f'--{setting}']}.")
+        for value in values.split(","):
+            short = f"{setting.rpartition('.')[2]}={value.replace('/', '_')}"
+            given = None if value == "none" else value
+            found[f"{like}+{short}"] = replace(
+                ARMS[like], summary=f"{like}, but with {setting} {value}",
+                settings=ARMS[like].settings | {setting: given},
+            )  # fmt: skip
+    return found
+
+
 def _settings(arm: Arm, base: Config) -> dict[str, Any]:
     weight = {_RDR: base.distill.lambda_rdr or DEFAULT_LAMBDA_RDR}
     return weight | arm.settings if arm.reads else dict(arm.settings)
@@ -245,6 +303,12 @@ def _missing(arm: Arm, base: Config) -> list[str]:
     if _RANK in arm.weights and not arm.reads and base.teacher.mode == "generate":
         problems.append(
             "it learns from logits, and teacher.mode generate gives none; set it to direct or cot."
+        )
+    fits = arm.settings.get(_TARGET) == "blend" and base.distill.blend_beta == "auto"
+    if fits and base.distill.audit == "off":
+        problems.append(
+            "it learns a blend that the audit fits, and distill.audit is off; set it to warn, or "
+            "distill.blend_beta to a number."
         )
     return problems
 

@@ -1,5 +1,6 @@
 """The page's drawings: NDCG@10 of every run, and every arm's difference with its intervals."""
 
+from collections.abc import Collection
 from typing import Any
 
 import matplotlib
@@ -22,7 +23,7 @@ def draw_charts(result: dict[str, Any]) -> list[Chart]:
     with matplotlib.rc_context({**STYLE, "axes.grid.axis": "x"}):
         return [
             chart
-            for chart in (_score_chart(result), _difference_chart(result))
+            for chart in (_score_chart(result), _difference_chart(result), _rows_chart(result))
             if chart is not None
         ]
 
@@ -78,6 +79,48 @@ def _difference_chart(result: dict[str, Any]) -> Chart | None:
         "results", title, f"{caption}Points are seeds. Right of the dashed line is better.",
         as_svg(figure, title),
     )  # fmt: skip
+
+
+def _rows_chart(result: dict[str, Any]) -> Chart | None:
+    """Where at least two arms asked for different numbers of rows."""
+    found = {
+        name: (of["teacher_rows"], of["against_baseline"][result["metric"]])
+        for name, of in result["arms"].items()
+        if of["against_baseline"] and of["teacher_rows"]
+    }
+    if len({rows for rows, _ in found.values()}) < 2:
+        return None
+    title = "NDCG@10 gained, by rows that asked the teacher"
+    figure = Figure(figsize=(4.9, 3.1), layout="constrained")
+    axes = figure.add_subplot()
+    axes.axhline(0, color=PALETTE["control"], lw=1.3, ls=(0, (3, 2)), zorder=2)
+    for curve in _by_budget(result, found):
+        points = sorted((found[name][0], found[name][1]["absolute"]) for name in curve)
+        axes.plot(*zip(*points, strict=True), lw=1.3, color=PALETTE["student"], alpha=0.6)
+    for name, (rows, against) in found.items():
+        axes.plot([rows] * 2, against["ci95"], lw=1.3, color=PALETTE["student"], alpha=0.35)
+        axes.plot([rows], [against["absolute"]], "o", ms=5, color=PALETTE["student"], mew=0)
+        axes.annotate(name, (rows, against["absolute"]), xytext=(5, -9), fontsize=8,
+                      textcoords="offset points")  # fmt: skip
+    axes.set_xlim(0, 1.6 * max(rows for rows, _ in found.values()))  # names stand on the right
+    axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
+    axes.set_xlabel("rows asked in a run")
+    return Chart(
+        "results", title,
+        f"Difference to {result['baseline']} on test, with 95 % intervals over users. Arms that "
+        "differ in nothing but query.fraction are joined.",
+        as_svg(figure, title),
+    )  # fmt: skip
+
+
+def _by_budget(result: dict[str, Any], names: Collection[str]) -> list[list[str]]:
+    """Names of arms that only differ in how many rows ask."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        settings = result["arms"][name]["settings"]
+        others = {key: value for key, value in settings.items() if key != "query.fraction"}
+        groups.setdefault(repr(sorted(others.items())), []).append(name)
+    return list(groups.values())
 
 
 def _rows(names: list[str]) -> tuple[Figure, Axes]:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from cotrain.comparison.arms import ARMS, Plan
+from cotrain.comparison.arms import Plan
 from cotrain.comparison.folder import locked, remember, stage
 from cotrain.comparison.page import console_table, write
 from cotrain.comparison.results import read_run
@@ -50,6 +50,6 @@ def _check(plan: Plan, data: InteractionData) -> None:
         ConfigError, DataError: The data are too small, or the rationales are of others.
     """
     check_against_data(plan.base, data, 1)
-    if any(ARMS[name].reads for name in plan.arms):
+    if any(arm.reads for arm in plan.defined.values()):
         assert plan.base.distill.rationales is not None  # checked with the settings
         RationaleStore.open(Path(plan.base.distill.rationales)).match(data)

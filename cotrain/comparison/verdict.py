@@ -74,6 +74,8 @@ def verdict(result: dict[str, Any]) -> Verdict:
     findings = [
         _finding(name, result["baseline"], _primary(of, result)) for name, of in compared.items()
     ]
+    if result.get("live_offline"):
+        findings.append(_live_offline(result["live_offline"]))
     several = f", p corrected for {len(compared)} arms (Holm)" if len(compared) > 1 else ""
     return Verdict(
         tone, headline,
@@ -140,6 +142,22 @@ def _finding(name: str, baseline: str, against: dict[str, Any]) -> str:
         f"{text}; over seeds {signed(low)} to {signed(high)}, single ones {signed(min(values))} to "
         f"{signed(max(values))}."
     )
+
+
+def _live_offline(against: dict[str, Any]) -> str:
+    low, high = against["ci95"]
+    told = low > 0 or high < 0
+    words = ("beats" if low > 0 else "is behind") if told else "cannot be told apart from"
+    text = (
+        f"Asking live {words} asking once after the warm-up (ranking less offline): "
+        f"{signed(against['absolute'])}, over users {signed(low)} to {signed(high)}, "
+        f"{p_text(against['p_value'])}"
+    )
+    seeds = against["over_seeds"]["ci95"]
+    if seeds is not None:
+        text += f"; over seeds {signed(seeds[0])} to {signed(seeds[1])}"
+    rows = against["rows"]
+    return f"{text}; with {number(round(rows['live']))} and {number(round(rows['offline']))} rows."
 
 
 def _limits(result: dict[str, Any], compared: dict[str, Any]) -> list[str]:

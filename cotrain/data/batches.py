@@ -193,6 +193,10 @@ class EpochSampler(Sampler[list[tuple[int, int] | tuple[int, int, bool]]]):
         """Batches an epoch; the last one may be short."""
         return -(-len(self.users) // self.batch_size)
 
+    def order(self, epoch: int) -> np.ndarray:
+        """(n,) the users as an epoch visits them, over all processes."""
+        return np.random.default_rng((self.seed, epoch)).permutation(self.users)
+
     def start_at(self, epoch: int, step: int = 0) -> None:
         """Iterate next over `epoch`, from its batch `step` on."""
         self.epoch, self.first_step = epoch, step
@@ -201,7 +205,7 @@ class EpochSampler(Sampler[list[tuple[int, int] | tuple[int, int, bool]]]):
         return self.steps_per_epoch - self.first_step
 
     def __iter__(self) -> Iterator[list[tuple[int, int] | tuple[int, int, bool]]]:
-        order = np.random.default_rng((self.seed, self.epoch)).permutation(self.users)
+        order = self.order(self.epoch)
         for step in range(self.first_step, self.steps_per_epoch):
             batch = order[step * self.batch_size : (step + 1) * self.batch_size]
             own = batch[self.rank :: self.world_size].tolist()

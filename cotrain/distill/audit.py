@@ -16,6 +16,7 @@ from torch import Tensor
 
 from cotrain.data.batches import left_pad
 from cotrain.data.interactions import InteractionData
+from cotrain.distill.targets import in_spreads, logprobs
 from cotrain.errors import DataError
 from cotrain.evaluation.compare import Lift, paired_bootstrap
 from cotrain.evaluation.metrics import per_user_metric
@@ -202,7 +203,7 @@ def compare(
         seed: Of the halves.
         samples: Bootstrap resamples.
     """
-    told = probs.clamp(min=1e-9).log()
+    told = logprobs(probs)
     student = _per_row(scores, places)
     teacher = _per_row(told, places)
     ways = blends(scores, told)
@@ -227,13 +228,7 @@ def compare(
 
 def blends(scores: Tensor, told: Tensor) -> Sequence[Tensor]:
     """(N, K) scores for each of BETAS, both sides measured in their spread within a row."""
-    return [_standard(scores) + beta * _standard(told) for beta in BETAS]
-
-
-def _standard(values: Tensor) -> Tensor:
-    values = values.double()
-    centred = values - values.mean(1, keepdim=True)
-    return centred / centred.square().mean(1, keepdim=True).sqrt().clamp(min=1e-9)
+    return [in_spreads(scores) + beta * in_spreads(told) for beta in BETAS]
 
 
 def _per_row(scores: Tensor, places: np.ndarray) -> np.ndarray:

@@ -13,7 +13,9 @@ from tqdm import tqdm
 from cotrain.config import Config
 from cotrain.data.batches import EpochSampler, SequenceDataset, collate, make_loader
 from cotrain.data.interactions import InteractionData
+from cotrain.distill.ahead import ask_ahead
 from cotrain.distill.audit import audit, audit_rows
+from cotrain.distill.choosing import chosen_by_student
 from cotrain.distill.learner import fork_control
 from cotrain.distill.querying import Teacher
 from cotrain.distill.rationales import Rationales
@@ -87,9 +89,13 @@ def fit(state: CotrainState, run: Run) -> None:
     with StopRequest() as stop, pace.bar:
         while not ended:
             distills = run.config.distills and state.epoch >= train.warmup_epochs
-            if distills and state.epoch == train.warmup_epochs and state.step_in_epoch == 0:
+            if distills and not state.started:
                 start_distilling(state, run, dataset)
             teacher = run.teacher if distills else None
+            if teacher is not None and run.config.query.when == "offline":
+                ask_for_all_epochs(state, run, dataset, sampler, pace.total_steps, stop)
+            elif teacher is not None and state.step_in_epoch == 0:
+                choose_users(state, run, dataset, state.epoch)
             sampler.start_at(state.epoch, state.step_in_epoch)
             for batch in loader:
                 if state.step >= pace.total_steps:
@@ -123,6 +129,7 @@ def fit(state: CotrainState, run: Run) -> None:
 
 def start_distilling(state: CotrainState, run: Run, dataset: SequenceDataset) -> None:
     """What happens once, between the warm-up and the first step that distills."""
+    state.started = True
     state.start_effective_rank = state.meter.student_states.effective_rank()
     if run.config.train.control:
         state.control = fork_control(state.student)
@@ -150,6 +157,47 @@ def start_distilling(state: CotrainState, run: Run, dataset: SequenceDataset) ->
             "show (above), and distill.audit is stop. Train it (scripts/train_teacher.py), take "
             "another one, audit more rows (distill.audit_rows), or set distill.audit warn."
         )
+    settings = run.config.distill
+    if settings.target == "blend" and settings.blend_beta == "auto" and state.audits:
+        # Of this audit and no later one: here the student is what the blend is made with.
+        state.blend_beta = state.audits[-1]["beta"]
+        tell(f"distill.blend_beta auto: {state.blend_beta:g}", run.accelerator)
+
+
+def choose_users(state: CotrainState, run: Run, dataset: SequenceDataset, epoch: int) -> None:
+    """Whom the present student lets ask in an epoch, where the policy leaves it to the student; a
+    collective."""
+    assert run.teacher is not None
+    if run.teacher.query.follows_student:
+        chosen = chosen_by_student(
+            state.student, run.teacher.query, dataset, epoch, run.config.teacher.num_candidates,
+            run.accelerator,
+        )  # fmt: skip
+        state.asking = torch.from_numpy(chosen)
+        run.teacher.query.settle(epoch, chosen)
+
+
+def ask_for_all_epochs(
+    state: CotrainState, run: Run, dataset: SequenceDataset, sampler: EpochSampler,
+    total_steps: int, stop: StopRequest,
+) -> None:  # fmt: skip
+    """Ask once about every row that would ask in the course of the run, on what the student of the
+    warm-up proposes; what was asked before an interruption is not asked again.
+
+    Raises:
+        Interrupted: After SIGINT or SIGTERM, with a checkpoint written.
+    """
+    assert run.teacher is not None
+    train = run.config.train
+    while (epoch := train.warmup_epochs + state.epochs_asked) < train.epochs:
+        left = max(0, total_steps - epoch * sampler.steps_per_epoch)  # with train.max_steps
+        choose_users(state, run, dataset, epoch)
+        users = sampler.order(epoch)[: left * train.batch_size]
+        ask_ahead(state, run.teacher, dataset, users, epoch, run.config, run.accelerator)
+        state.epochs_asked += 1
+        save_checkpoint(state, run.folder, run.config, run.accelerator, run.log.num_bytes)
+        if _anywhere(stop.received, run.accelerator):
+            raise Interrupted(state.step, total_steps, run.folder)
 
 
 def audit_teacher(state: CotrainState, run: Run) -> None:
@@ -257,6 +305,8 @@ class Pace:
         spent = now - self._started - (meter.totals["seconds"] - self._teacher_seconds)
         per_step = spent / (state.step - self._first_step)
         to_ask = self.total_steps - max(state.step, self.first_asking_step)
+        if state.epochs_asked:
+            to_ask = 0  # it is done
         left = per_step * (self.total_steps - state.step)
         left += max(0, to_ask) * self.rows_per_step / self.teacher_rows_per_s
         self.bar.set_description_str(f"epoch {state.epoch + 1}/{self.epochs}", refresh=False)

@@ -103,6 +103,13 @@ def _teacher(state: CotrainState, run: Run, meter: TeacherMeter) -> dict[str, An
         "parameters": ranker.backbone.num_parameters,
         **{name: getattr(settings, name) for name in of_settings},
         "identifier_bias": state.identifier_bias.tolist(),
+        "query": {
+            "policy": run.config.query.policy,
+            "when": run.config.query.when,
+            "rows_per_epoch": run.teacher.query.rows_per_epoch,
+        },
+        "target": run.config.distill.target,
+        "blend_beta": state.blend_beta if run.config.distill.target == "blend" else None,
         "lambda_rank": state.lambda_rank,
         "audits": state.audits,
         **meter.as_report(),
@@ -246,8 +253,14 @@ def _teacher_warnings(report: dict[str, Any]) -> list[str]:
             f"verdict changes the NDCG@10 of the student's order ({first['student']:.4f}) by "
             f"{first['blend_lift']['absolute']:+.4f} ({low:+.4f} to {high:+.4f})."
         )
+    if teacher.get("blend_beta") == 0:
+        warnings.append(
+            "β of the blend is 0: the ranking loss only held the student to its control's scores, "
+            "and taught nothing of the teacher."
+        )
     placing = teacher["target_placing"]
-    if placing["rows"] and placing["teacher"] < placing["student"]:
+    worse = placing["rows"] and placing["teacher"] < placing["student"]
+    if worse and teacher.get("target") != "blend":
         warnings.append(
             f"Where the true next item was among the candidates ({placing['rows']} training rows), "
             f"the student's own order places it better than the teacher: mean reciprocal rank "

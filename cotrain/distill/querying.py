@@ -4,7 +4,7 @@ import heapq
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -17,28 +17,48 @@ from cotrain.student.retrieval import Candidates
 from cotrain.teacher.ranker import RankLLM
 from cotrain.teacher.verdict import TeacherVerdict
 
+Policy = Literal["all", "random", "entropy", "margin", "loss", "k_center"]
 
-class RandomQuery:
-    """An exact share of the users, drawn anew each epoch, independent of batches and processes.
+
+class Query:
+    """An exact number of users that ask in an epoch, independent of batches and processes.
 
     Args:
         users: (n,) user indices that are trained.
         fraction: Share that asks.
         seed: Seed of the draw.
+        policy: As `query.policy`.
+
+    Attributes:
+        rows_per_epoch: How many ask.
     """
 
-    def __init__(self, users: np.ndarray, fraction: float, seed: int):
+    def __init__(self, users: np.ndarray, fraction: float, seed: int, policy: Policy = "random"):
         self.users = users
-        self.rows_per_epoch = round(fraction * len(users))
+        self.rows_per_epoch = len(users) if policy == "all" else round(fraction * len(users))
         self.seed = seed
-        self._drawn: tuple[int, np.ndarray] = (-1, users[:0])
+        self.policy: Policy = policy
+        self._chosen: tuple[int, np.ndarray] = (-1, users[:0])
+
+    @property
+    def follows_student(self) -> bool:
+        """Whether a pass of the student decides; then `settle` comes before each epoch."""
+        return self.policy not in ("all", "random")
+
+    def drawn(self, epoch: int) -> np.ndarray:
+        """(n,) the users in the order in which they are drawn for an epoch."""
+        return np.random.default_rng((self.seed, epoch, 1)).permutation(self.users)
+
+    def settle(self, epoch: int, users: np.ndarray) -> None:
+        """These users ask in this epoch."""
+        self._chosen = (epoch, users)
 
     def choose(self, user_index: Tensor, epoch: int) -> Tensor:
         """(B,) bool: which of these users ask in this epoch."""
-        if self._drawn[0] != epoch:
-            order = np.random.default_rng((self.seed, epoch, 1)).permutation(self.users)
-            self._drawn = (epoch, order[: self.rows_per_epoch])
-        return torch.from_numpy(np.isin(user_index.cpu().numpy(), self._drawn[1]))
+        if self._chosen[0] != epoch:
+            assert not self.follows_student  # or it is settled
+            self.settle(epoch, self.drawn(epoch)[: self.rows_per_epoch])
+        return torch.from_numpy(np.isin(user_index.cpu().numpy(), self._chosen[1]))
 
 
 class Question(NamedTuple):
@@ -65,7 +85,7 @@ class Teacher:
     """
 
     ranker: RankLLM
-    query: RandomQuery
+    query: Query
     num_candidates: int
     seed: int
     probed_rows_per_s: float

@@ -20,7 +20,7 @@ from cotrain.data.interactions import InteractionData, load_interactions
 from cotrain.data.item_text import identity, item_texts, kept, sentence_vectors
 from cotrain.distill.loop import Run, fit
 from cotrain.distill.outcome import finish
-from cotrain.distill.querying import RandomQuery, Teacher
+from cotrain.distill.querying import Query, Teacher
 from cotrain.distill.rationales import Rationales
 from cotrain.distill.state import CotrainState, new_state, restore_checkpoint
 from cotrain.errors import CheckpointError, ConfigError, DataError, TeacherError
@@ -164,6 +164,8 @@ def prepare(config: Config, resume: bool = False) -> tuple[CotrainState, Run]:
         log_bytes = restore_checkpoint(state, folder, accelerator)
         if teacher is not None:
             teacher.ranker.identifier_bias = state.identifier_bias
+            if teacher.query.follows_student:
+                teacher.query.settle(state.epoch, state.asking.numpy())
         say(f"Resuming {folder} at step {state.step}")
     elif accelerator.is_main_process:
         make_folder(folder, config, accelerator)
@@ -310,7 +312,8 @@ def make_teacher(config: Config, data: InteractionData, device: torch.device, sa
         f"{backbone.compute}, {rate:.2f} rows/s, about {probe.prompt_tokens // len(users)} tokens "
         "a row"
     )
-    query = RandomQuery(data.trained_users, config.query.fraction, config.seed)
+    asking = config.query
+    query = Query(data.trained_users, asking.fraction, config.seed, asking.policy)
     return Teacher(
         ranker, query, settings.num_candidates, config.seed, rate, ranker.wants_scores
     )  # fmt: skip

@@ -9,7 +9,7 @@ import torch
 from cotrain.config import Config
 from cotrain.data.batches import EpochSampler, SequenceDataset
 from cotrain.data.interactions import InteractionData, load_interactions
-from cotrain.distill.querying import RandomQuery
+from cotrain.distill.querying import Query
 from cotrain.distill.run import check_against_data
 from cotrain.errors import ConfigError
 from cotrain.teacher.prompts import PromptBuilder, make_prompts
@@ -64,10 +64,11 @@ def show_prompts(config: Config, count: int) -> None:
 
 
 def _asking_rows(config: Config, data: InteractionData) -> Iterator[tuple[int, list[int]]]:
-    """(user, history) of the rows of the first epoch with the teacher, in the order of the run."""
+    """(user, history) of the rows of the first epoch with the teacher, in the order of the run;
+    where a student is to choose them, of rows drawn at random."""
     epoch = config.train.warmup_epochs
     dataset = SequenceDataset(data, config.student.max_length, config.seed, config.train.windows)
-    query = RandomQuery(dataset.users, config.query.fraction, config.seed)
+    query = Query(dataset.users, config.query.fraction, config.seed)
     sampler = EpochSampler(dataset.users, config.train.batch_size, config.seed)
     sampler.start_at(epoch)
     for keys in sampler:

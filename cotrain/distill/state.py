@@ -14,6 +14,7 @@ from cotrain.config import Config
 from cotrain.distill.alignment import Projector
 from cotrain.distill.learner import Learner, fork_control, make_learner
 from cotrain.distill.meters import TeacherMeter
+from cotrain.distill.verdicts import KeptVerdicts
 from cotrain.errors import CheckpointError
 from cotrain.rationale.head import new_head
 from cotrain.rationale.store import MatchedRationales
@@ -38,6 +39,11 @@ class CotrainState:
         start_effective_rank: Of the student's states when the teacher started; 0 before.
         identifier_bias: (W,) the teacher's calibration; zeros before it started.
         lambda_rank: Weight of the ranking loss; where the audit decides it, 0 before.
+        blend_beta: β of the blend that the ranking loss teaches; where the audit fits it, 0 before.
+        asking: (n,) int64 users that ask in the running epoch, where the student chose them.
+        started: Whether what distills has started.
+        kept: Verdicts on rows that asked ahead, of the first `epochs_asked` epochs that distill.
+        epochs_asked: How many have asked ahead.
         audits: What each audit of the teacher found, with its step and epoch.
     """
 
@@ -51,6 +57,11 @@ class CotrainState:
     start_effective_rank: float = 0.0
     identifier_bias: Tensor = field(default_factory=lambda: torch.zeros(0))
     lambda_rank: float = 0.0
+    blend_beta: float = 0.0
+    asking: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+    started: bool = False
+    kept: KeptVerdicts = field(default_factory=lambda: KeptVerdicts.none(0, 0))
+    epochs_asked: int = 0
     audits: list[dict[str, Any]] = field(default_factory=list)
 
     @property
@@ -105,8 +116,10 @@ def new_state(
         student=make_learner("student", model, config, accelerator, projector, head),
         control=None,
         meter=TeacherMeter(config.teacher.num_candidates),
+        kept=KeptVerdicts.none(config.teacher.num_candidates, teacher_size or 0),
         identifier_bias=torch.zeros(config.teacher.num_shown),
         lambda_rank=0.0 if config.distill.lambda_rank == "auto" else config.distill.lambda_rank,
+        blend_beta=0.0 if config.distill.blend_beta == "auto" else config.distill.blend_beta,
     )
 
 
@@ -122,7 +135,7 @@ def learning_rate(step: int, total_steps: int, config: Config) -> float:
 
 _POSITION = (
     "epoch", "step_in_epoch", "step", "seconds", "start_effective_rank", "identifier_bias",
-    "lambda_rank", "audits",
+    "lambda_rank", "blend_beta", "asking", "started", "epochs_asked", "audits",
 )  # fmt: skip
 
 
@@ -154,6 +167,8 @@ def save_checkpoint(
         weights = {}
         if state.projector is not None:
             weights["projector"] = state.projector.state_dict()
+        if state.epochs_asked:
+            weights["verdicts"] = state.kept.state_dict()
         learners = {}
         for learner in state.learners:
             weights[learner.name] = learner.bare.state_dict()
@@ -228,6 +243,8 @@ def restore_checkpoint(state: CotrainState, folder: Path, accelerator: Accelerat
             learner.best_head = weights.get(f"best_{learner.name}_head", {})
     for name in _POSITION:
         setattr(state, name, saved[name])
+    if "verdicts" in weights:
+        state.kept = KeptVerdicts.from_state_dict(weights["verdicts"])
     state.meter.load_state_dict(own["meter"])
     set_all_states(own["random"], accelerator.device)
     return saved["log_bytes"]

@@ -7,7 +7,7 @@ no optimizer and in no checkpoint.
 import functools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
@@ -21,6 +21,8 @@ from cotrain.distill.meters import TeacherMeter
 from cotrain.distill.querying import Teacher, verdict_weight
 from cotrain.distill.rationales import Found, Rationales, RationaleTerms
 from cotrain.distill.state import CotrainState
+from cotrain.distill.targets import blend_probs
+from cotrain.distill.verdicts import Judged
 from cotrain.errors import CotrainError
 from cotrain.runtime.seeding import replayed, torch_state
 from cotrain.student.losses import TrainingLoss
@@ -41,7 +43,7 @@ def cotrain_step(
 ) -> dict[str, float]:
     """One optimizer step of the student, and of the control beside it.
 
-    The student proposes, the teacher judges; then the student learns, and the control, each in
+    The student proposes, the teacher judges; then the control learns, and the student, each in
     `train.accumulation_steps` parts of the rows. Collectives, the same on every process whatever
     the teacher answered: questions and verdicts, the projector's moments, the counts, the
     gradients, the sums of the losses.
@@ -74,11 +76,25 @@ def cotrain_step(
         state.lambda_rank, weights.lambda_emb,
     )  # fmt: skip
 
-    lambda_rdr = weights.lambda_rdr if rationales_teach else 0.0
     learn = functools.partial(
-        learn_from, parts=parts, loss=loss, rationales=rationales, share=share
-    )
-    sums = learn(state.student, lambda_rdr=lambda_rdr, meter=state.meter)
+        learn_from, parts=parts, loss=loss, rationales=rationales, share=share,
+        blend_beta=state.blend_beta if weights.target == "blend" else None,
+    )  # fmt: skip
+    control_scores, of_control = None, {}
+    if state.control is not None:
+        # The same dropout masks as the student's: any difference comes from what distills. Before
+        # the student, for what the control says of the candidates is what a blend is made with.
+        with replayed(dropout_state, device):
+            sums, control_scores = learn(state.control, lambda_rdr=0.0)
+        ce, _, _, _, distance, _ = total(sums, accelerator).tolist()
+        if n_reasons:
+            of_control["control_rationale_cosine"] = 1 - distance / n_reasons
+        state.control.update()
+        of_control["control_loss_ce"] = ce / share.n_targets
+    sums, _ = learn(
+        state.student, lambda_rdr=weights.lambda_rdr if rationales_teach else 0.0,
+        meter=state.meter, references=control_scores,
+    )  # fmt: skip
     ce, rank, emb, nats, distance, rdr = total(sums, accelerator).tolist()
     report = {"loss_ce": ce / share.n_targets}
     if teacher is not None:
@@ -102,39 +118,7 @@ def cotrain_step(
             "train.learning_rate or the distill.lambda_… of the term that is not finite."
         )
     state.student.update()
-    if state.control is not None:
-        # The same dropout masks as the student's: any difference comes from what distills.
-        with replayed(dropout_state, device):
-            sums = learn(state.control, lambda_rdr=0.0)
-        ce, _, _, _, distance, _ = total(sums, accelerator).tolist()
-        if n_reasons:
-            report["control_rationale_cosine"] = 1 - distance / n_reasons
-        state.control.update()
-        report["control_loss_ce"] = ce / share.n_targets
-    return report
-
-
-@dataclass(frozen=True)
-class Judged:
-    """What the teacher said of rows, where the student is.
-
-    Attributes:
-        candidate_ids: (B, K) that the student proposed.
-        probs: (B, K) Q.
-        decision_state: (B, H).
-        valid: (B,) bool.
-        weight: (B,) what each verdict counts.
-    """
-
-    candidate_ids: Tensor
-    probs: Tensor
-    decision_state: Tensor
-    valid: Tensor
-    weight: Tensor
-
-    def rows(self, part: slice) -> "Judged":
-        """Those of some rows."""
-        return Judged(*(getattr(self, field.name)[part] for field in fields(self)))
+    return report | of_control
 
 
 @dataclass(frozen=True)
@@ -173,27 +157,21 @@ def let_judge(
     config: Config,
     accelerator: Accelerator,
 ) -> Judged:
-    """Let the teacher judge what the student proposes for a whole batch; a collective.
+    """Verdicts on a whole batch, where the student is; a collective.
 
     Args:
-        state: Gives the student; its meter and the projector's moments change.
+        state: Gives the student, and verdicts that were kept; its meter and the projector's moments
+            change.
         batch: This process's rows, on the CPU, where prompts are made.
         teacher: Who is asked, and which rows ask.
-        config: Confidence.
+        config: Whether the teacher is asked now; confidence.
         accelerator: Device and collectives.
     """
-    device = accelerator.device
-    state.student.refresh()
-    candidates = propose(state.student, batch, teacher.num_candidates, accelerator)
-    verdict, asked = teacher.ask(batch, candidates, state.epoch)
-    state.meter.observe(batch, candidates, verdict, asked)
-    judged = Judged(
-        candidates.item_ids.to(device),
-        verdict.probs.to(device),
-        verdict.decision_state.to(device),
-        verdict.valid.to(device),
-        verdict_weight(verdict, config.distill.confidence).to(device),
-    )
+    if config.query.when == "offline":
+        judged = state.kept.of_batch(batch, state.epoch)
+    else:
+        judged = ask(state, batch, teacher, state.epoch, config, accelerator)
+    judged = judged.to(accelerator.device)
     assert state.projector is not None  # there is a teacher
     state.projector.observe(
         judged.decision_state, judged.valid, lambda sums: total(sums, accelerator)
@@ -201,18 +179,42 @@ def let_judge(
     return judged
 
 
+def ask(
+    state: CotrainState,
+    batch: SequenceBatch,
+    teacher: Teacher,
+    epoch: int,
+    config: Config,
+    accelerator: Accelerator,
+) -> Judged:
+    """Let the teacher judge what the student proposes for the rows of a CPU batch that ask in an
+    epoch; a collective. The verdicts are on the CPU."""
+    state.student.refresh()
+    candidates = propose(state.student, batch, teacher.num_candidates, accelerator)
+    verdict, asked = teacher.ask(batch, candidates, epoch)
+    state.meter.observe(batch, candidates, verdict, asked)
+    weight = verdict_weight(verdict, config.distill.weighs_by)
+    return Judged(candidates.item_ids, verdict.probs, verdict.decision_state, verdict.valid, weight)
+
+
 @torch.no_grad()
 def propose(
     student: Learner, batch: SequenceBatch, num_candidates: int, accelerator: Accelerator
 ) -> Candidates:
     """The student's candidates at the cut of every row of a CPU batch, on the CPU."""
-    on_device, model = batch.to(accelerator.device), student.bare
-    with accelerator.autocast():
-        user_state = model.encode(on_device.sequences)[on_device.cut].float()
+    on_device = batch.to(accelerator.device)
     candidates = retrieve(
-        user_state, model.item_vectors, on_device.history, on_device.cut_target, num_candidates
-    )
+        states_at_cut(student, on_device, accelerator), student.bare.item_vectors,
+        on_device.history, on_device.cut_target, num_candidates,
+    )  # fmt: skip
     return candidates.cpu()
+
+
+@torch.no_grad()
+def states_at_cut(student: Learner, batch: SequenceBatch, accelerator: Accelerator) -> Tensor:
+    """(B, D) float32 states at the cut of every row of a batch on the device."""
+    with accelerator.autocast():
+        return student.bare.encode(batch.sequences)[batch.cut].float()
 
 
 def make_parts(
@@ -251,8 +253,10 @@ def learn_from(
     rationales: Rationales | None,
     share: Share,
     lambda_rdr: float,
+    blend_beta: float | None = None,
     meter: TeacherMeter | None = None,
-) -> Tensor:
+    references: Sequence[Tensor | None] | None = None,
+) -> tuple[Tensor, list[Tensor | None]]:
     """Gradients of a step, part by part.
 
     Args:
@@ -262,26 +266,35 @@ def learn_from(
         rationales: Of the training data, or None.
         share: What sums are divided by.
         lambda_rdr: Weight of the rationales, or 0: states are left alone.
+        blend_beta: β of the blend that the ranking loss teaches; None: it teaches the verdict.
         meter: Takes the user states; None: nobody does.
+        references: By part, (B, K) scores of the candidates that a blend is made with; None: the
+            learner's own.
 
     Returns:
         (6,) float64 sums over this process's rows: of the data's loss, the ranking loss, the
         alignment loss, the teacher's entropy, the head's cosine distance, the rationale loss.
+        And by part its own scores of the candidates, without a graph, where they were computed.
     """
     learner.start_step()
     sums = torch.zeros(6, dtype=torch.float64, device=parts[0].batch.user_index.device)
+    scores: list[Tensor | None] = []
     for place, part in enumerate(parts):
         judged = part.judged if learner.projector is not None else None
         with learner.part(last=place == len(parts) - 1):
-            asked = None if judged is None else judged.candidate_ids
+            scored = part.judged if blend_beta is not None else judged
+            asked = None if scored is None else scored.candidate_ids
             output = learner.model(part.batch, loss, asked)
+            own = output.candidate_scores
+            scores.append(None if own is None else own.detach())
             nothing = output.loss_sum.new_zeros(())
             if meter is not None and not part.batch.borrowed:
                 meter.student_states.add(output.user_state)
             ce = output.loss_sum * (not part.batch.borrowed)
             rank, emb, nats = nothing, nothing, nothing
             if judged is not None:
-                rank, emb, nats = distillation_sums(learner, output, judged)
+                reference = scores[-1] if references is None else references[place]
+                rank, emb, nats = distillation_sums(learner, output, judged, blend_beta, reference)
             reasons = RationaleTerms(nothing, nothing, nothing)
             if rationales is not None and part.found is not None:
                 reasons = rationales.terms(learner.head, output.states, part.found, lambda_rdr)
@@ -293,21 +306,28 @@ def learn_from(
             )
         terms = [ce, rank, emb, nats, reasons.head_sum, reasons.student_sum]
         sums += torch.stack([term.detach().double() for term in terms])
-    return sums
+    return sums, scores
 
 
 def distillation_sums(
-    student: Learner, output: StudentOutput, judged: Judged
+    student: Learner,
+    output: StudentOutput,
+    judged: Judged,
+    blend_beta: float | None,
+    reference: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Ranking loss, alignment loss and the teacher's entropy, summed over rows. Only the student's
     states and item embeddings, and the projector, carry a gradient."""
     assert student.projector is not None
     assert output.candidate_scores is not None
-    temperature = student.config.distill.student_temperature
+    temperature, target = student.config.distill.student_temperature, judged.probs
+    if blend_beta is not None:
+        assert reference is not None  # of these candidates
+        target = blend_probs(reference, judged.probs, blend_beta, temperature)
     # Of all rows, also of those without a verdict: processes agree on what has a gradient.
     projected = student.projector(judged.decision_state)
     return (
-        losses.listnet_sum(output.candidate_scores, judged.probs, judged.weight, temperature),
+        losses.listnet_sum(output.candidate_scores, target, judged.weight, temperature),
         losses.alignment_sum(projected, output.user_state, judged.weight),
         (entropy(judged.probs) * judged.valid).sum(),
     )

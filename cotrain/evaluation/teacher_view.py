@@ -17,6 +17,18 @@ _CAUSES = {
     "out_of_memory": "did not fit even alone",
     "too_few_candidates": "too few unseen items were left to propose, so nobody was asked",
 }
+_POLICIES = {
+    "all": "every user in every epoch",
+    "random": "users drawn anew each epoch",
+    "entropy": "where the student's softmax over its candidates has the highest entropy",
+    "margin": "where the student's two best candidates are nearest to each other",
+    "loss": "where the item that was taken surprises the student most",
+    "k-center": "users whose states are unlike each other",
+}
+_WHEN = {
+    "live": "on what the student proposes in the step that learns",
+    "offline": "once, on what the student proposed after the warm-up",
+}
 _CALIBRATIONS = {
     "batch": "what it gives an identifier on average over rows is subtracted",
     "content_free": "what it gives an identifier with N/A for every title is subtracted",
@@ -71,7 +83,12 @@ def _asking_rows(teacher: dict[str, Any]) -> list[Row]:
     """How it is asked."""
     get = teacher.get
     window, stride = get("window"), get("stride")
+    query = get("query") or {}
+    policy = str(query.get("policy", NONE)).replace("_", "-")
     rows = [
+        ("Who asks", policy, _POLICIES.get(policy, "")),
+        ("When", str(query.get("when", NONE)), _WHEN.get(str(query.get("when")), "")),
+        ("Rows an epoch", number(query.get("rows_per_epoch")), "by that policy"),
         ("Mode", str(get("mode", NONE)), "how the verdict is read"),
         ("Decision state", str(get("decision_position", NONE)), "position it is taken from"),
         ("Identifiers", str(get("identifiers", NONE)), "what candidates are called in the prompt"),
@@ -86,6 +103,7 @@ def _asking_rows(teacher: dict[str, Any]) -> list[Row]:
         hint = f"ranks are their mean; they agree by {agreement}, 1 would be always alike"
         rows.append(("Orders shown", number(get("shuffles")), hint))
     kind = get("calibration")
+    rows.append(("Teaches", *_target(teacher)))
     rows.append(("Calibration", str(kind or NONE), _CALIBRATIONS.get(str(kind), "")))
     bias, before = get("identifier_bias") or [], get("before_calibration") or {}
     if any(bias):
@@ -94,6 +112,13 @@ def _asking_rows(teacher: dict[str, Any]) -> list[Row]:
             hint += f", on {number(before['rows'])} rows"
         rows.append(("Identifier bias removed", f"{number(max(bias) - min(bias), 1)} nats", hint))
     return rows
+
+
+def _target(teacher: dict[str, Any]) -> tuple[str, str]:
+    if teacher.get("target") != "blend":
+        return str(teacher.get("target", NONE)), "its own distribution over the candidates"
+    beta = number(float(teacher["blend_beta"]), 2)
+    return f"blend, β {beta}", "the control's scores + β · the teacher's log-probabilities"
 
 
 def _cost_rows(teacher: dict[str, Any], total: float | None) -> list[Row]:

@@ -14,14 +14,13 @@ from cotrain.data.interactions import InteractionData
 from cotrain.data.packing import pack
 from cotrain.errors import ConfigError, DataError, some_of
 from cotrain.student.recommender import Recommender
+from cotrain.student.selection import POOL, farthest_first, unsure_over_items
 
 # Upper ends of the strata, in training interactions of the target.
 STRATA = (5, 20, 100)
 STRATUM_NAMES = ("1–5", "6–20", "21–100", "over 100")
-# Interactions among which k-center chooses, at most; drawn at random.
-_K_CENTER_POOL = 100_000
-# Users whose sequences go through the student at once, and scores held at once.
-_USERS, _SCORES = 64, 2**24
+# Users whose sequences go through the student at once.
+_USERS = 64
 
 
 @dataclass(frozen=True)
@@ -126,7 +125,10 @@ def _priorities(
         return _k_center(data, places, users, settings, seed, student, drawn, progress)
     values = np.empty(len(data.items))
     for part, states in _states(data, users, student, progress):
-        values[part] = _unsureness(data, part, states, student, settings.select)
+        wanted = torch.from_numpy(data.items[part]).to(states.device)
+        items = student.model.item_vectors
+        unsure = unsure_over_items(states, items, wanted, settings.select)
+        values[part] = unsure.double().cpu().numpy()
     return -values[places]
 
 
@@ -174,59 +176,24 @@ def _windows(start: int, end: int, length: int) -> list[tuple[int, int, int]]:
 
 
 @torch.no_grad()
-def _unsureness(
-    data: InteractionData, places: np.ndarray, states: Tensor, student: Recommender, by: str
-) -> np.ndarray:
-    """(m,) how unsure the student is of what comes next: entropy of its softmax over all items,
-    minus the margin between its two best, or its loss on what was taken."""
-    items = student.model.item_vectors[1:]
-    targets = torch.from_numpy(data.items[places] - 1).to(states.device)
-    found = []
-    step = max(1, _SCORES // len(items))
-    for part, wanted in zip(states.split(step), targets.split(step), strict=True):
-        logprobs = torch.log_softmax(part @ items.T, dim=1)
-        if by == "entropy":
-            found.append(-(logprobs.exp() * logprobs).sum(1))
-        elif by == "loss":
-            found.append(-logprobs.gather(1, wanted[:, None])[:, 0])
-        else:
-            best = logprobs.topk(2, dim=1).values
-            found.append(best[:, 1] - best[:, 0])
-    return torch.cat(found).double().cpu().numpy()
-
-
-@torch.no_grad()
 def _k_center(
     data: InteractionData, places: np.ndarray, users: np.ndarray, settings: RationaleConfig,
     seed: int, student: Recommender, drawn: np.ndarray, progress: bool,
 ) -> np.ndarray:  # fmt: skip
     """Farthest-first order of user states on the sphere: each is the one that is least like all
-    before it. Interactions outside of a random pool come last, in random order.
-
-    Source: Gonzalez, "Clustering to minimize the maximum intercluster distance", 1985; Sener and
-    Savarese, "Active Learning for Convolutional Neural Networks: A Core-Set Approach", ICLR 2018.
-    """
-    pool = np.argsort(drawn)[:_K_CENTER_POOL]
+    before it. Interactions outside of a random pool come last, in random order."""
+    pool = np.argsort(drawn)[:POOL]
     rows = np.full(len(data.items), -1)
     rows[places[pool]] = np.arange(len(pool))
     vectors = torch.empty(len(pool), student.model.hidden_size)
     for part, states in _states(data, users[pool], student, progress):
         inside = rows[part] >= 0
         vectors[rows[part][inside]] = states[torch.from_numpy(inside)].float().cpu()
-    vectors = torch.nn.functional.normalize(vectors, dim=1)
     budget = settings.rows if settings.rows is not None else round(settings.fraction * len(places))
     priority = 2 * len(places) + drawn
-    likeness = torch.full((len(pool),), -2.0)
-    next_row = 0
     # Strata and limits a user may refuse some of the first: twice the budget is put in order.
-    bar = tqdm(total=min(len(pool), 2 * budget), desc="k-center", disable=not progress)
-    with bar:
-        for order in range(bar.total):
-            priority[pool[next_row]] = order
-            likeness = torch.maximum(likeness, vectors @ vectors[next_row])
-            likeness[next_row] = 2
-            next_row = int(likeness.argmin())
-            bar.update()
+    order = farthest_first(vectors, 2 * budget, progress)
+    priority[pool[order]] = np.arange(len(order))
     return priority
 
 

@@ -51,10 +51,17 @@ def plan(recipe: Path, tmp_path: Path, plans: dict[Any, Plan]) -> MakePlan:
     """Makes a plan in the folder `out`."""
     output = tmp_path / "out"
 
-    def make(arms: str = "ce,logit_kd,decision_state", seeds: int = 2, *options: str) -> Plan:
-        asked = (arms, options)
+    def make(
+        arms: str = "ce,logit_kd,decision_state",
+        seeds: int = 2,
+        *options: str,
+        vary: tuple[str, ...] = (),
+        vary_arm: str | None = None,
+    ) -> Plan:
+        asked = (arms, options, vary, vary_arm)
         if asked not in plans:
-            plans[asked] = make_plan(recipe, options, arms.split(","), range(_MOST), output)
+            names = arms.split(",")
+            plans[asked] = make_plan(recipe, options, names, range(_MOST), output, vary, vary_arm)
         whole = plans[asked]
         runs = [replace(run, output=output) for run in whole.runs if run.seed < seeds]
         runs = [

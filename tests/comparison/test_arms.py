@@ -30,7 +30,9 @@ def differing(one: Config, other: Config) -> set[str]:
         ("logit_kd", ("some-teacher", None, 0.0)),
         ("rdr", (None, "some/store", 0.1)),
         ("decision_state", ("some-teacher", None, 0.0)),
+        ("ranking", ("some-teacher", None, 0.0)),
         ("full", ("some-teacher", "some/store", 0.1)),
+        ("offline", ("some-teacher", None, 0.0)),
         ("rdr_gram", (None, "some/store", 0.1)),
         ("rdr_centred", (None, "some/store", 0.1)),
         ("rdr_whitened", (None, "some/store", 0.1)),
@@ -42,6 +44,9 @@ def test_each_arm_learns_from_what_it_says(plan, arm, expected):
     distill = config.distill
     assert (config.teacher.model, distill.rationales, distill.lambda_rdr) == expected
     weights = {"logit_kd": (0.1, 0.0), "decision_state": (0.0, 0.001), "full": (0.1, 0.001)}
+    weights |= dict.fromkeys(("ranking", "offline"), weights["logit_kd"])
+    assert (distill.target == "blend") == (arm in ("ranking", "offline"))
+    assert (config.query.when == "offline") == (arm == "offline")
     if arm in weights:
         assert (distill.lambda_rank, distill.lambda_emb) == weights[arm]
     assert (distill.rdr_form == "gram") == (arm == "rdr_gram")
@@ -69,13 +74,46 @@ def test_a_weight_of_rationales_that_is_given_holds(plan):
 
 def test_without_names_all_arms_that_can_run_do(recipe, tmp_path):
     without = make_plan(recipe, [], None, [0], tmp_path)
-    assert without.arms == ("ce", "logit_kd", "decision_state")
+    assert without.arms == ("ce", "logit_kd", "decision_state", "ranking")
+    unaudited = make_plan(recipe, ["--distill.audit", "off"], None, [0], tmp_path)
+    assert unaudited.arms == ("ce", "logit_kd", "decision_state")
     complete = make_plan(recipe, STORE, None, [0], tmp_path)
-    assert complete.arms == ("ce", "logit_kd", "rdr", "decision_state", "full")
+    assert complete.arms == ("ce", "logit_kd", "rdr", "decision_state", "ranking", "full")
     alone = make_plan(recipe, [*STORE, "--teacher.model", "none"], None, [0], tmp_path)
     assert alone.arms == ("ce", "rdr")
     with pytest.raises(ConfigError, match="only ce can run"):
         make_plan(recipe, ["--teacher.model", "none"], None, [0], tmp_path)
+
+
+def test_each_value_that_is_varied_is_an_arm_like_the_last_but_for_it(plan):
+    vary = ("distill.lambda_rank=0.05,0.1", "teacher.adapter=some/folder,none")
+    made = plan("ce,ranking", 1, vary=vary)
+    # 0.1 and none are what the recipe has: that arm is there already.
+    names = ("ranking+lambda_rank=0.05", "ranking+adapter=some_folder")
+    assert made.arms == ("ce", "ranking", *names)
+    configs = {run.arm: run.config for run in made.runs}
+    assert differing(configs["ranking"], configs[names[0]]) == {"distill.lambda_rank", "output_dir"}
+    assert differing(configs["ranking"], configs[names[1]]) == {"teacher.adapter", "output_dir"}
+    assert configs[names[1]].teacher.adapter == "some/folder"
+    assert made.defined[names[0]].asks
+    like = plan("ce,logit_kd,ranking", 1, vary=vary[:1], vary_arm="logit_kd")
+    assert like.arms == ("ce", "logit_kd", "ranking", "logit_kd+lambda_rank=0.05")
+
+
+@pytest.mark.parametrize(
+    ("vary", "vary_arm", "message"),
+    [
+        ("distill.lambda_rank", None, "names no values; expected SETTING=VALUE,VALUE"),
+        ("distill.lambda_rank=0.1,", None, "names no values"),
+        ("seed=1,2", None, "--vary seed cannot be done: seeds run from --first_seed"),
+        ("distill.lambda_rang=0.1", None, "nearest known one is 'distill.lambda_rank'"),
+        ("distill.lambda_rank=-1", None, "distill.lambda_rank is -1.0; expected ≥ 0"),
+        ("distill.lambda_rank=0.3", "full", "--vary_arm full is none of the arms ce, ranking"),
+    ],
+)
+def test_what_cannot_be_varied_is_refused(plan, vary, vary_arm, message):
+    with pytest.raises(ConfigError, match=message):
+        plan("ce,ranking", 1, vary=(vary,), vary_arm=vary_arm)
 
 
 @pytest.mark.parametrize("name", ["quickstart", "ml-1m", "amazon-beauty"])
@@ -95,7 +133,8 @@ def test_every_recipe_can_be_compared(name):
         ("ce,decision_state", ("--distill.lambda_emb=0",), "by distill.lambda_emb, which is 0"),
         ("ce,logit_kd", ("--teacher.mode", "generate"), "generate gives none"),
         ("ce,rdr,rdr_gram", (*STORE, "--distill.rdr_form", "gram"), "the very settings of rdr"),
-        ("ce,ranking", (), "unknown arms 'ranking'; known are ce, logit_kd"),
+        ("ce,rank", (), "unknown arms 'rank'; known are ce, logit_kd"),
+        ("ce,ranking", ("--distill.audit", "off"), "ranking: it learns a blend that the audit fit"),
         ("logit_kd,rdr", (), "lacks ce"),
         ("ce,logit_kd,ce", (), "names an arm twice"),
         ("ce,logit_kd", ("--seed", "3"), "--first_seed"),

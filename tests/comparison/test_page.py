@@ -13,10 +13,12 @@ import numpy as np
 import pytest
 from jinja2 import UndefinedError
 
+from cotrain.comparison.charts import _by_budget
 from cotrain.comparison.page import console_table, write
 from cotrain.comparison.runs import Failure
 from cotrain.comparison.summary import summarise
 from cotrain.comparison.verdict import verdict
+from cotrain.evaluation.formats import duration, number
 from cotrain.evaluation.report import json_ready
 
 HOSTILE = "<script>alert('x')</script> & \"[Z]\" $\\frac$ {{ 1 }} </pre></details>"
@@ -106,6 +108,32 @@ def test_the_files_hold_the_result_and_the_verdict(result: Result, tmp_path: Pat
     assert loaded == json.loads(json.dumps(json_ready(result)))
 
 
+def test_gains_are_drawn_by_the_rows_that_were_asked_for_them(
+    plan, data, run_result, tmp_path: Path
+):
+    made = plan("ce,ranking", 1, vary=("query.fraction=0.05,0.2", "query.policy=entropy"))
+    rows = dict(zip(made.arms, (0, 30, 15, 60, 30), strict=True))
+    results = [
+        run_result(run, np.random.default_rng(rows[run.arm]).integers(1, 40, 60),
+                   teacher={"rows_asked": rows[run.arm], "seconds": 5.0})
+        for run in made.runs
+    ]  # fmt: skip
+    result = summarise(made, results, [], data, [])
+    html, found = page(result, tmp_path)
+    assert "by rows that asked the teacher" in found.words
+    assert "For each +.001 of NDCG@10" in found.words
+    assert html.count("ranking+fraction=0.2") > 2
+    curves = _by_budget(result, made.arms[1:])
+    assert curves == [
+        ["ranking", "ranking+fraction=0.05", "ranking+fraction=0.2"], ["ranking+policy=entropy"]
+    ]  # fmt: skip
+    # One number of rows is no curve.
+    same = [run_result(one.run, one.ranks, teacher={"rows_asked": 9, "seconds": 1.0})
+            for one in results]  # fmt: skip
+    _, found = page(summarise(made, same, [], data, []), tmp_path)
+    assert "by rows that asked the teacher" not in found.words
+
+
 def test_the_numbers_survive_a_page_that_fails(result: Result, tmp_path: Path):
     write(result, tmp_path)
     earlier = (tmp_path / "comparison.html").read_text()
@@ -169,6 +197,8 @@ def test_the_page_shows_the_comparison(make: Make, tmp_path: Path):
     result = make(failed=("decision_state/1",))
     result["equal_terms"] |= {"twins": 5, "same": 3, "other_epoch": 1, "differ": 1}
     against = result["arms"]["logit_kd"]["against_baseline"]["ndcg@10"]
+    point = result["arms"]["logit_kd"]["per_point"]
+    cost = f"{number(point['rows'], 1)} rows, {duration(point['seconds'])}"
     html, parsed = page(result, tmp_path)
     found = verdict(result)
     for line in (f"{found.headline}.", *found.findings, *found.limits):
@@ -185,7 +215,7 @@ def test_the_page_shows_the_comparison(make: Make, tmp_path: Path):
         "seed; 1 may differ because validation chose another epoch; 1 differ without that reason.",
         "teacher.model none",
         "distill.lambda_emb 0.0",
-        "logit_kd 120 30 s – 1 min 0 s",
+        f"logit_kd 120 30 s {cost} – 1 min 0 s",
         "Popularity of the target",
         "ce, seed 2",
         "train.epochs 40",

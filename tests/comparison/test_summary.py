@@ -81,6 +81,34 @@ def test_differences_to_the_baseline_by_hand(summed: Summarise):
     assert high - low == pytest.approx(2 * 1.96 * (60 * 3 / 16) ** 0.5 / 60 / 2, rel=0.15)
 
 
+def test_a_point_costs_what_was_asked_for_it(summed: Summarise):
+    asked = {"rows_asked": 100, "seconds": 8.0}
+    found = summed(
+        {
+            ("ce", 0): hits(30), ("ce", 1): hits(30),
+            ("logit_kd", 0): {"ranks": hits(33), "teacher": asked},
+            ("logit_kd", 1): {"ranks": hits(33), "teacher": asked},
+            ("decision_state", 0): {"ranks": hits(24), "teacher": asked},
+        }
+    )["arms"]  # fmt: skip
+    # 3 of 60 users: .05 in NDCG@10, which are 50 times .001.
+    assert found["logit_kd"]["per_point"] == pytest.approx({"rows": 2, "seconds": 0.16})
+    assert found["decision_state"]["per_point"] is found["ce"]["per_point"] is None
+
+
+def test_asking_live_and_once_are_compared_with_each_other(plan, run_result, data: InteractionData):
+    made = plan("ce,ranking,offline", 2)
+    ranks = {"ce": hits(30), "ranking": hits(36), "offline": hits(33)}
+    asked = {"rows_asked": 90, "seconds": 1.0}
+    results = [run_result(run, ranks[run.arm], teacher=asked) for run in made.runs]
+    found = summarise(made, results, [], data, [])["live_offline"]
+    assert found["absolute"] == pytest.approx(3 / 60)
+    assert found["over_seeds"]["by_seed"] == pytest.approx({0: 3 / 60, 1: 3 / 60})
+    assert found["rows"] == {"live": 90, "offline": 90}
+    alone = [one for one in results if one.run.arm != "offline"]
+    assert summarise(made, alone, [], data, [])["live_offline"] is None
+
+
 def test_p_values_are_raised_over_all_arms(summed: Summarise):
     runs = {
         ("ce", 0): hits(30),

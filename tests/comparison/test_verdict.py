@@ -54,6 +54,23 @@ def result(chosen: str | None = None, **arms: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
+    ("users", "words"),
+    [
+        (ABOVE, "live beats asking once"), (BELOW, "live is behind asking once"),
+        (AROUND, "live cannot be told apart from asking once"),
+    ],
+)  # fmt: skip
+def test_live_and_once_are_told_apart_in_a_sentence(users: Interval, words: str):
+    found = result(ranking=OF["better"], offline=OF["open"])
+    assert len(verdict(found).findings) == 2
+    rows = {"live": 1200.0, "offline": 1200.0}
+    found["live_offline"] = against(users, AROUND) | {"rows": rows}
+    sentence = verdict(found).findings[-1]
+    assert words in sentence
+    assert sentence.endswith("with 1,200 and 1,200 rows.")
+
+
+@pytest.mark.parametrize(
     ("users", "seeds", "p", "expected"),
     [
         (ABOVE, ABOVE, 0.01, "better"),

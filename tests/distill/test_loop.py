@@ -9,12 +9,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from cotrain.config import parse
 from cotrain.data.batches import EpochSampler, SequenceBatch, SequenceDataset, make_loader
+from cotrain.distill.learner import fork_control
 from cotrain.distill.loop import Interrupted, Pace, Run, fit
 from cotrain.distill.losses import listnet_sum
 from cotrain.distill.outcome import finish
@@ -264,8 +266,9 @@ def test_a_student_alone_starts_like_one_with_a_teacher(prepared: Prepare):
         ["--teacher.model", "none", "--train.loss", "sampled_softmax", "--train.windows", "random",
          *LAZY],
         ["--train.loss", "gbce", *LAZY],
+        ["--distill.target", "blend", "--distill.audit", "warn", "--teacher.num_candidates", "20"],
     ],
-    ids=["alone", "alone and lazy", "taught and lazy"],
+    ids=["alone", "alone and lazy", "taught and lazy", "a blend"],
 )  # fmt: skip
 def test_an_interrupted_run_ends_to_the_bit_like_one_left_alone(
     prepared: Prepare, monkeypatch: pytest.MonkeyPatch, options: list[str]
@@ -291,6 +294,7 @@ def test_an_interrupted_run_ends_to_the_bit_like_one_left_alone(
     assert again.step == 6
     fit(again, resumed)
     assert (fingerprint(again.student.model), results(again, resumed)) == undisturbed
+    assert again.blend_beta == state.blend_beta
 
 
 # ---- faults -------------------------------------------------------------------------------------
@@ -353,6 +357,66 @@ def test_a_step_in_parts_is_the_same_step(prepared: Prepare, parts: str):
     for name, value in weights.items():
         # Adam's first step is the learning rate, 0.001, even where the gradient is almost zero.
         torch.testing.assert_close(others[name], value, atol=1e-4, rtol=0)
+
+
+# ---- a blend ------------------------------------------------------------------------------------
+
+BLEND = ["--distill.target", "blend", "--query.fraction", "1", "--distill.lambda_emb", "0",
+         "--train.warmup_epochs", "0", "--distill.lambda_rank", "10"]  # fmt: skip
+
+
+def gradients(state: CotrainState) -> list[list[torch.Tensor]]:
+    found = []
+    for learner in state.learners:
+        grads = [parameter.grad for parameter in learner.bare.parameters()]
+        found.append([grad for grad in grads if grad is not None])
+        assert len(found[-1]) == len(grads)
+    return found
+
+
+@pytest.mark.parametrize("parts", ["1", "3"])
+@pytest.mark.parametrize("beta", ["0", "0.4"])
+def test_a_blend_teaches_nothing_but_what_the_teacher_adds(
+    prepared: Prepare, parts: str, beta: str
+):
+    # With dropout: both draw the same masks, in each part of the step.
+    state, run = prepared(*BLEND, "--distill.blend_beta", beta, "--train.accumulation_steps", parts,
+                          "--train.max_grad_norm", "1000000")  # fmt: skip
+    state.control = fork_control(state.student)
+    report = cotrain_step(state, one_batch(run), run.teacher, run.loss, run.config, run.accelerator)
+    assert report["teacher_rows"] == 16
+    students, controls = gradients(state)
+    apart = max(float((a - b).abs().max()) for a, b in zip(students, controls, strict=True))
+    assert (apart < 1e-6) if beta == "0" else (apart > 1e-3)
+
+
+@pytest.mark.parametrize("control", [True, False])
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_the_blend_is_that_of_the_audit_in_the_students_scale(
+    prepared: Prepare, control: bool, temperature: float
+):
+    state, run = prepared(*BLEND, "--distill.blend_beta", "0.4", "--student.dropout", "0",
+                          "--distill.student_temperature", str(temperature))  # fmt: skip
+    batch, student = one_batch(run), state.student.bare
+    output = student(batch, run.loss)
+    found = retrieve(output.user_state, student.item_vectors, batch.history, batch.cut_target, 5)
+    verdict, _ = teacher_of(run).ask(batch, found, state.epoch)
+    if control:
+        state.control = fork_control(state.student)
+        with torch.no_grad():  # its scores are twice the student's
+            state.control.bare.final_norm.weight.mul_(2)
+    report = cotrain_step(state, batch, run.teacher, run.loss, run.config, run.accelerator)
+
+    expected = 0.0
+    for scores, probs in zip(found.scores.tolist(), verdict.probs.tolist(), strict=True):
+        reference = (2 if control else 1) * np.array(scores)
+        told = np.log(probs)
+        told = (told - told.mean()) / told.std()
+        target = np.exp((reference + 0.4 * reference.std() * told) / temperature)
+        logprobs = np.array(scores) / temperature
+        logprobs -= np.log(np.exp(logprobs).sum())
+        expected -= (target / target.sum() * logprobs).sum() / 16
+    assert report["loss_rank"] == pytest.approx(expected, rel=1e-4)
 
 
 # ---- item text ----------------------------------------------------------------------------------

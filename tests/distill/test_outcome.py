@@ -65,6 +65,16 @@ def audited(teaches: bool) -> dict[str, Any]:
             ["nothing that this teacher could teach", "64 validation", "-0.0100 (-0.0300 to"],
         ),
         ({"audits": [audited(teaches=True), audited(teaches=False)]}, []),
+        ({"target": "blend", "blend_beta": 0.0}, ["β of the blend is 0"]),
+        (
+            # A blend does not need a teacher that is better than the student.
+            {
+                "target": "blend",
+                "blend_beta": 0.2,
+                "target_placing": {"rows": 9, "teacher": 0.1, "student": 0.2, "random": 0.18},
+            },
+            [],
+        ),
         ({}, []),
     ],
 )

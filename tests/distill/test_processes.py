@@ -69,6 +69,10 @@ def arguments(
         "teacher.calibration_rows": 4,
         "teacher.compile": "off",
         "distill.teacher_temperature": 0.1,
+        "distill.target": "blend",
+        "distill.blend_beta": 0.4,
+        "distill.confidence": "entropy",
+        "query.policy": "entropy",
         "student.hidden_size": 16,
         "student.max_length": 20,
         "train.epochs": 3,
@@ -179,6 +183,22 @@ def test_losses_hardly_drift(ways: dict[str, Path], way: str):
     print(way, {name: f"{drift:.1e}" for name, drift in drifts.items()})
     assert drifts.keys() == set(LOSSES)
     assert max(drifts.values()) < DRIFT
+
+
+def test_asking_ahead_is_the_same_for_two_processes(arguments: list[str], tmp_path: Path):
+    folders, jobs = [tmp_path / name for name in ("one", "two")], []
+    for processes, folder in enumerate(folders, start=1):
+        own = ["--output_dir", str(folder / "run"), "--student.dropout", "0",
+               "--query.when", "offline"]  # fmt: skip
+        record = str(folder / "answers")
+        jobs.append(job(folder / "logs", processes, ON_CPU, *arguments, *own, record=record))
+    for result, its in zip(run_jobs(jobs, tmp_path), jobs, strict=True):
+        assert set(result["codes"]) == {0}, said(its)
+    one, two = (answers(folder / "answers") for folder in folders)
+    assert len(one) == 2 * 28
+    assert one == two
+    for ours, theirs in zip(*(train_rows(folder / "run") for folder in folders), strict=True):
+        assert ours == pytest.approx(theirs, rel=DRIFT)
 
 
 @pytest.mark.parametrize("way", OTHERS)

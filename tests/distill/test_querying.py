@@ -9,14 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cotrain.data.batches import SequenceBatch
-from cotrain.distill.querying import RandomQuery, Teacher, equal_shares, verdict_weight
+from cotrain.distill.querying import Policy, Query, Teacher, equal_shares, verdict_weight
 from cotrain.student.retrieval import Candidates
 from cotrain.teacher.verdict import TeacherVerdict
 
 
 def test_an_exact_share_asks_each_epoch_whatever_the_batches():
     users = np.arange(10, 110)
-    query = RandomQuery(users, 0.23, seed=3)
+    query = Query(users, 0.23, seed=3)
     assert query.rows_per_epoch == 23
     whole = query.choose(torch.from_numpy(users), epoch=4)
     assert int(whole.sum()) == 23
@@ -25,16 +25,19 @@ def test_an_exact_share_asks_each_epoch_whatever_the_batches():
     assert not query.choose(torch.from_numpy(users), epoch=5).equal(whole)
 
 
-@pytest.mark.parametrize(("fraction", "count"), [(0.0, 0), (1.0, 100)])
-def test_nobody_or_everybody(fraction: float, count: int):
+@pytest.mark.parametrize(
+    ("fraction", "policy", "count"), [(0.0, "random", 0), (1.0, "random", 100), (0.1, "all", 100)]
+)
+def test_nobody_or_everybody(fraction: float, policy: Policy, count: int):
     users = np.arange(100)
-    chosen = RandomQuery(users, fraction, seed=0).choose(torch.from_numpy(users), epoch=0)
-    assert int(chosen.sum()) == count
+    query = Query(users, fraction, seed=0, policy=policy)
+    assert query.rows_per_epoch == count
+    assert int(query.choose(torch.from_numpy(users), epoch=0).sum()) == count
 
 
 def test_every_user_is_as_likely_over_epochs():
     users = np.arange(20)
-    query = RandomQuery(users, 0.25, seed=0)
+    query = Query(users, 0.25, seed=0)
     times = sum(query.choose(torch.from_numpy(users), epoch).long() for epoch in range(2000))
     assert isinstance(times, torch.Tensor)
     # 2000 draws of 1/4: mean 500, standard deviation 19.
@@ -74,7 +77,7 @@ def test_scores_go_with_the_rows_that_ask_where_they_are_wanted(passes_scores: b
             return self.rank(*rows, **more)
 
     ranker: Any = Ranker()
-    query = RandomQuery(np.arange(4), 1.0, seed=0)
+    query = Query(np.arange(4), 1.0, seed=0)
     teacher = Teacher(ranker, query, 2, 0, 1.0, passes_scores)
     history = torch.tensor([[0, 9], [8, 7], [0, 6], [5, 4]])
     batch: Any = SequenceBatch.__new__(SequenceBatch)

@@ -18,6 +18,7 @@ from cotrain.data.splits import NOT_EVALUATED
 from cotrain.errors import ConfigError, DataError
 from cotrain.rationale import selection
 from cotrain.rationale.selection import STRATA, STRATUM_NAMES, Positions, select_positions
+from cotrain.student import selection as student_selection
 from cotrain.student.recommender import Recommender
 from cotrain.student.sasrec import SASRec
 
@@ -289,7 +290,7 @@ def test_those_come_first_that_the_student_is_least_sure_of(
     select: Select, few: InteractionData, student: Recommender, plain_states: torch.Tensor,
     policy: str, scores_at_once: int, monkeypatch: pytest.MonkeyPatch,
 ):  # fmt: skip
-    monkeypatch.setattr(selection, "_SCORES", scores_at_once)
+    monkeypatch.setattr(student_selection, "_SCORES", scores_at_once)
     assert max(len(few.train_history(user)) for user in range(16)) > 5 * LENGTH
     places = np.array(all_places(few))
     scores = plain_states.double() @ student.model.item_vectors[1:].detach().double().T
@@ -348,7 +349,7 @@ def test_k_center_chooses_from_a_pool_where_there_are_too_many(
     select: Select, few: InteractionData, plain_states: torch.Tensor,
     monkeypatch: pytest.MonkeyPatch,
 ):  # fmt: skip
-    monkeypatch.setattr(selection, "_K_CENTER_POOL", 100)
+    monkeypatch.setattr(selection, "POOL", 100)
     drawn = pairs_of(select(strata="none", fraction=1.0))
     found = pairs_of(select(select="k_center", strata="none", rows=130))
     assert set(found[:100]) == set(drawn[:100])
