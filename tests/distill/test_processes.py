@@ -198,7 +198,9 @@ def test_asking_ahead_is_the_same_for_two_processes(arguments: list[str], tmp_pa
     assert len(one) == 2 * 28
     assert one == two
     for ours, theirs in zip(*(train_rows(folder / "run") for folder in folders), strict=True):
-        assert ours == pytest.approx(theirs, rel=DRIFT)
+        assert ours.keys() == theirs.keys()
+        for name in ours.keys() & set(LOSSES):
+            assert ours[name] == pytest.approx(theirs[name], rel=DRIFT)
 
 
 @pytest.mark.parametrize("way", OTHERS)
