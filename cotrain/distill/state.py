@@ -39,6 +39,7 @@ class CotrainState:
         identifier_bias: (W,) the teacher's calibration; zeros before it started.
         lambda_rank: Weight of the ranking loss; where the audit decides it, 0 before.
         audits: What each audit of the teacher found, with its step and epoch.
+        rounds: What became of each round that ended, where `train.rounds` asks for several.
     """
 
     student: Learner
@@ -52,6 +53,7 @@ class CotrainState:
     identifier_bias: Tensor = field(default_factory=lambda: torch.zeros(0))
     lambda_rank: float = 0.0
     audits: list[dict[str, Any]] = field(default_factory=list)
+    rounds: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def projector(self) -> Projector | None:
@@ -122,7 +124,7 @@ def learning_rate(step: int, total_steps: int, config: Config) -> float:
 
 _POSITION = (
     "epoch", "step_in_epoch", "step", "seconds", "start_effective_rank", "identifier_bias",
-    "lambda_rank", "audits",
+    "lambda_rank", "audits", "rounds",
 )  # fmt: skip
 
 
