@@ -159,7 +159,7 @@ def train_teacher(config: Config, number: int) -> dict[str, Any]:
     folder = Path(str(settings.output))
     names = (
         "method", "rows", "validation_rows", "steps", "best_step", "validation_start",
-        "validation_best", "seconds", "peak_memory_gb",
+        "validation_best", "seconds",
     )  # fmt: skip
     if (folder / "report.json").is_file():
         report = json.loads((folder / "report.json").read_text("utf-8"))
