@@ -221,8 +221,8 @@ def test_one_teacher_at_a_time_is_in_memory(
     monkeypatch.setattr(methods, "train", trained)
     rounds.run(settings(tmp_path / "run"))
     assert len(models) == 2
-    assert not versions[0]
-    assert versions[1]
+    assert versions[0] == "base"
+    assert versions[1] != "base"
 
 
 def test_no_other_round_where_the_student_has_stopped_to_rise(settings: Settings, tmp_path: Path):
