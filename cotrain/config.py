@@ -29,13 +29,14 @@ from cotrain.settings import (
     StudentConfig,
     TeacherConfig,
     TrainConfig,
+    TuningConfig,
     option,
 )
 
 __all__ = [
     "Config", "DataConfig", "DistillConfig", "EncodeConfig", "EvalConfig", "EvaluateConfig",
     "FinetuneConfig", "GenerateConfig", "Leaf", "QueryConfig", "RationaleConfig", "StudentConfig",
-    "TeacherConfig", "TrainConfig", "leaves", "option", "parse", "save", "to_dict",
+    "TeacherConfig", "TrainConfig", "TuningConfig", "leaves", "option", "parse", "save", "to_dict",
 ]  # fmt: skip
 
 # What a script can be configured by: a run, or what is prepared for one.

@@ -61,13 +61,49 @@ def contradictions(config: Any) -> list[str]:
             f"train.label_smoothing {train.label_smoothing} has no meaning for train.loss "
             f"{train.loss}; set it to 0, or train.loss chunked_ce."
         )
-    problems += _teacher_contradictions(config.teacher)
+    problems += _teacher_contradictions(config.teacher) + _rounds_contradictions(config)
     if config.distill.confidence == "agreement" and config.teacher.shuffles < 2:
         problems.append(
             f"distill.confidence is agreement, but teacher.shuffles {config.teacher.shuffles} "
             "gives one ranking a row; set teacher.shuffles to at least 2."
         )
     return problems + _items_contradictions(config.data)
+
+
+def _rounds_contradictions(config: Any) -> list[str]:
+    train, teacher = config.train, config.teacher
+    if train.rounds == 1:
+        return []
+    if teacher.model is None:
+        return [
+            f"train.rounds {train.rounds} trains the teacher between rounds, but teacher.model is "
+            "none; name one, or set train.rounds 1."
+        ]
+    problems, epochs = [], train.epochs - train.warmup_epochs
+    if train.rounds > epochs > 0:
+        problems.append(
+            f"train.rounds {train.rounds} are more than the {epochs} epochs after "
+            "train.warmup_epochs, of which each takes at least one; lower it, or raise "
+            "train.epochs."
+        )
+    if config.query.when == "offline":
+        problems.append(
+            f"train.rounds {train.rounds} lets another teacher teach in each round, but query.when "
+            "is offline: the first one would be asked for all of them; set query.when live, or "
+            "train.rounds 1."
+        )
+    if teacher.mode not in ("direct", "cot"):
+        problems.append(
+            f"train.rounds {train.rounds} trains the teacher between rounds, which teacher.mode "
+            f"{teacher.mode} has no way for; set teacher.mode direct or cot, or train.rounds 1."
+        )
+    if teacher.identifiers != "letters" or teacher.num_shown < teacher.num_candidates:
+        problems.append(
+            f"train.rounds {train.rounds} trains the teacher on one step that decides between all "
+            "candidates; set teacher.identifiers letters and teacher.window none, or train.rounds "
+            "1."
+        )
+    return problems
 
 
 def _rationale_contradictions(config: GenerateConfig) -> list[str]:

@@ -28,6 +28,7 @@ class ExamplesConfig:
         "learns to see and will not meet again.",
     )
     rows: int = option(2000, "Training rows, drawn from training positions alone.", ge=1)
+    draw: int = option(0, "Another number draws other training positions, of the same users.", ge=0)
     min_history: int = option(3, "Items before the position, at least.", ge=1)
     future_weight: float = option(
         0.3,

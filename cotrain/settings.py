@@ -340,6 +340,13 @@ class TrainConfig:
         "First epochs without the teacher, where there is one; then it and the control start.",
         ge=0,
     )
+    rounds: int = option(
+        1,
+        "Parts into which the epochs with the teacher are divided. Between two the teacher is "
+        "trained on the candidates of the present student (tuning.…), then teaches on; the run "
+        "ends early after a round in which the student's best validation did not rise.",
+        ge=1,
+    )
     max_steps: int | None = option(None, "Stop after this many steps; none: no cap.", ge=1)
     batch_size: int = option(64, "Users per optimizer step, over all processes.", ge=1)
     accumulation_steps: int = option(
@@ -395,6 +402,26 @@ class TrainConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class TuningConfig:
+    """How the teacher is trained between rounds: one pass by `rank-sft` in teacher.mode direct, by
+    one round of `star` in cot."""
+
+    rows: int = option(
+        500, "train.rounds: rows of each training, other positions in each round.", ge=1
+    )
+    learning_rate: float = option(
+        1e-4, "train.rounds: peak of the cosine schedule (AdamW) of each.", gt=0
+    )
+    held_out: float = option(
+        0.2,
+        "train.rounds: share of the users whose rows the teacher is not trained on; on them it "
+        "chooses its best step.",
+        gt=0,
+        lt=1,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
 class EvalConfig:
     """How models are measured."""
 
@@ -412,6 +439,7 @@ class Config:
     distill: DistillConfig = dataclasses.field(default_factory=DistillConfig)
     query: QueryConfig = dataclasses.field(default_factory=QueryConfig)
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+    tuning: TuningConfig = dataclasses.field(default_factory=TuningConfig)
     eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
     output_dir: str | None = option(
         None, "Folder of the run, without another run in it; none: runs/DATA-DATE-TIME."

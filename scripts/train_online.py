@@ -23,6 +23,7 @@ def main(argv: list[str]) -> int:
     count, argv = prompts_to_show(argv)
     resume = None if count else resumed_folder(argv)
     config = None if resume else configuration.parse(argv, QUICKSTART, "train_online.py")
+    from cotrain import rounds
     from cotrain.distill import loop, run
     from cotrain.distill.show_prompts import show_prompts
 
@@ -31,9 +32,9 @@ def main(argv: list[str]) -> int:
         return 0
     try:
         if resume:
-            run.run(run.open_interrupted(resume), resume=True)
+            rounds.run(run.open_interrupted(resume), resume=True)
         elif config:
-            run.run(config)
+            rounds.run(config)
     except loop.Interrupted as stop:
         print(
             f"\n{stop}\n  accelerate launch {sys.argv[0]} --resume {stop.folder}", file=sys.stderr

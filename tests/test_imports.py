@@ -49,6 +49,10 @@ BELOW = {
         "cotrain.errors", "cotrain.config", "cotrain.data", "cotrain.runtime", "cotrain.student",
         "cotrain.teacher", "cotrain.evaluation", "cotrain.rationale",
     },
+    "cotrain.rounds": {
+        "cotrain.errors", "cotrain.config", "cotrain.finetune_settings", "cotrain.runtime",
+        "cotrain.student", "cotrain.distill", "cotrain.finetune",
+    },
     "cotrain.comparison": {
         "cotrain.errors", "cotrain.config", "cotrain.files", "cotrain.data", "cotrain.runtime",
         "cotrain.evaluation", "cotrain.rationale", "cotrain.distill",

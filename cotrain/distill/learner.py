@@ -46,6 +46,7 @@ class Learner:
     projector: Projector | None = None
     head: RationaleHead | None = None
     beside_optimizer: Any = None
+    last_metric: float = -1.0
     best_metric: float = -1.0
     best_epoch: int = 0
     best_weights: dict[str, Tensor] = field(default_factory=dict)
@@ -144,6 +145,7 @@ class Learner:
 
     def consider(self, metric: float, epoch: int) -> None:
         """Keep a copy of the weights if their validation metric is the best so far."""
+        self.last_metric = metric
         if metric > self.best_metric:
             self.best_metric, self.best_epoch = metric, epoch
             self.best_weights = _copy_of(self.bare)

@@ -69,8 +69,9 @@ class Run:
     folder: Path
 
 
-def fit(state: CotrainState, run: Run) -> None:
-    """Train from where `state` stands to the end; cross-entropy first, then with what distills.
+def fit(state: CotrainState, run: Run, until_epoch: int | None = None) -> None:
+    """Train from where `state` stands to the end of an epoch, none: of the last one; cross-entropy
+    first, then with what distills.
 
     Raises:
         Interrupted: After SIGINT or SIGTERM, with a checkpoint written.
@@ -85,12 +86,12 @@ def fit(state: CotrainState, run: Run) -> None:
     )  # fmt: skip
     loader = make_loader(dataset, sampler)
     pace = Pace(run, sampler.steps_per_epoch, state)
-    ended = False
+    last_epoch, ended = until_epoch or train.epochs, False
     with StopRequest() as stop, pace.bar:
         while not ended:
             distills = run.config.distills and state.epoch >= train.warmup_epochs
             if distills and not state.started:
-                start_distilling(state, run, dataset)
+                start_distilling(state, run)
             teacher = run.teacher if distills else None
             if teacher is not None and run.config.query.when == "offline":
                 ask_for_all_epochs(state, run, dataset, sampler, pace.total_steps, stop)
@@ -118,7 +119,7 @@ def fit(state: CotrainState, run: Run) -> None:
                     save_checkpoint(state, run.folder, run.config, accelerator, run.log.num_bytes)
                 if stopping:
                     raise Interrupted(state.step, pace.total_steps, run.folder)
-            ended = state.epoch + 1 == train.epochs or state.step >= pace.total_steps
+            ended = state.epoch + 1 == last_epoch or state.step >= pace.total_steps
             if ended or (state.epoch + 1) % train.eval_every_epochs == 0:
                 validate(state, run)
                 if distills and (ended or run.config.distill.audit_evaluations):
@@ -127,7 +128,7 @@ def fit(state: CotrainState, run: Run) -> None:
             state.step_in_epoch = 0
 
 
-def start_distilling(state: CotrainState, run: Run, dataset: SequenceDataset) -> None:
+def start_distilling(state: CotrainState, run: Run) -> None:
     """What happens once, between the warm-up and the first step that distills."""
     state.started = True
     state.start_effective_rank = state.meter.student_states.effective_rank()
@@ -136,6 +137,21 @@ def start_distilling(state: CotrainState, run: Run, dataset: SequenceDataset) ->
     for learner in state.learners:
         # Student and control choose their best epoch from the same ones, those after the fork.
         learner.best_metric = -1.0
+    meet_teacher(state, run)
+    if run.config.distill.audit == "stop" and state.audits and not state.audits[-1]["teaches"]:
+        raise TeacherError(
+            f"This teacher has nothing to teach that {state.audits[-1]['rows']} validation rows "
+            "show (above), and distill.audit is stop. Train it (scripts/train_teacher.py), take "
+            "another one, audit more rows (distill.audit_rows), or set distill.audit warn."
+        )
+
+
+def meet_teacher(state: CotrainState, run: Run) -> None:
+    """Calibrate a teacher that begins to teach, on the candidates of the present student, and audit
+    it."""
+    dataset = SequenceDataset(
+        run.data, run.config.student.max_length, run.config.seed, run.config.train.windows
+    )
     count = min(run.config.teacher.calibration_rows, len(dataset))
     if run.teacher is not None and count:
         teacher = run.teacher
@@ -151,12 +167,6 @@ def start_distilling(state: CotrainState, run: Run, dataset: SequenceDataset) ->
         state.meter.observe_calibration(teacher.calibrate(rows, candidates, shown))
         state.identifier_bias = teacher.ranker.identifier_bias
     audit_teacher(state, run)
-    if run.config.distill.audit == "stop" and state.audits and not state.audits[-1]["teaches"]:
-        raise TeacherError(
-            f"This teacher has nothing to teach that {state.audits[-1]['rows']} validation rows "
-            "show (above), and distill.audit is stop. Train it (scripts/train_teacher.py), take "
-            "another one, audit more rows (distill.audit_rows), or set distill.audit warn."
-        )
     settings = run.config.distill
     if settings.target == "blend" and settings.blend_beta == "auto" and state.audits:
         # Of this audit and no later one: here the student is what the blend is made with.

@@ -70,6 +70,7 @@ def finish(state: CotrainState, run: Run) -> dict[str, Any]:
             config.seed,
         ),
         "teacher": _teacher(state, run, meter),
+        "rounds": state.rounds,
         "rationales": _rationales(state, run),
         "effective_rank": _effective_ranks(state, meter) if config.distills else None,
         "examples": []

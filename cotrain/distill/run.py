@@ -107,14 +107,28 @@ def run(config: Config, resume: bool = False) -> dict[str, Any]:
     return report
 
 
-def prepare(config: Config, resume: bool = False) -> tuple[CotrainState, Run]:
-    """Everything before the first step; arguments and errors as for `run`."""
+def prepare(
+    config: Config, resume: bool = False, adapter: str | None = None
+) -> tuple[CotrainState, Run]:
+    """Everything before the first step.
+
+    Args:
+        config: As for `run`, like `resume` and what is raised.
+        resume: Go on from the latest checkpoint.
+        adapter: Of the teacher; none: the one of the settings.
+    """
     # The folder is set below, once the processes can talk; a tracker asks for one already here.
     accelerator = make_accelerator(log_with="tensorboard", project_dir=".")
     if zero.stage(accelerator) and config.train.item_updates == "lazy":
         raise ConfigError(
             "train.item_updates is lazy, whose sparse gradients DeepSpeed cannot shard. Set "
             "train.item_updates all, or launch with accelerate_configs/multi_gpu.yaml."
+        )
+    if zero.stage(accelerator) and config.train.rounds > 1:
+        raise ConfigError(
+            f"train.rounds is {config.train.rounds}, and between rounds DeepSpeed cannot make way "
+            "for the teacher's training. Set train.rounds 1, or launch with "
+            "accelerate_configs/multi_gpu.yaml."
         )
     if config.train.batch_size < accelerator.num_processes:
         raise ConfigError(
@@ -144,10 +158,13 @@ def prepare(config: Config, resume: bool = False) -> tuple[CotrainState, Run]:
     teacher, teacher_size = None, None
     if config.teacher.model is not None:
         with accelerator.main_process_first():
-            teacher = make_teacher(config, data, accelerator.device, say)
+            asked = replace(config.teacher, adapter=adapter or config.teacher.adapter)
+            teacher = make_teacher(replace(config, teacher=asked), data, accelerator.device, say)
         teacher_size = teacher.ranker.backbone.hidden_size
-    with accelerator.main_process_first():  # one process encodes, the others find it kept
-        item_text = encode_items(config, data, teacher, accelerator)
+    item_text = None
+    if not resume:  # else they have started
+        with accelerator.main_process_first():  # one process encodes, the others find it kept
+            item_text = encode_items(config, data, teacher, accelerator)
     loss = make_loss(
         config.train.loss, data.train_counts, accelerator.device, config.train.label_smoothing,
         config.train.num_negatives, config.train.negatives_power, config.train.logq_correction,
@@ -366,6 +383,7 @@ def say_plan(
             f"(about {tracking.clock(asked / teacher.probed_rows_per_s)} of teacher time)"
         )
         plan += " and with rationales" if config.distill.rationales else ""
+        plan += f", in {train.rounds} rounds" if train.rounds > 1 else ""
     elif config.distill.rationales:
         plan = (
             f"Plan: {train.warmup_epochs} epochs of {train.loss}, then "

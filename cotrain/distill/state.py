@@ -45,6 +45,7 @@ class CotrainState:
         kept: Verdicts on rows that asked ahead, of the first `epochs_asked` epochs that distill.
         epochs_asked: How many have asked ahead.
         audits: What each audit of the teacher found, with its step and epoch.
+        rounds: What became of each round that ended, where `train.rounds` asks for several.
     """
 
     student: Learner
@@ -63,6 +64,7 @@ class CotrainState:
     kept: KeptVerdicts = field(default_factory=lambda: KeptVerdicts.none(0, 0))
     epochs_asked: int = 0
     audits: list[dict[str, Any]] = field(default_factory=list)
+    rounds: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def projector(self) -> Projector | None:
@@ -136,6 +138,7 @@ def learning_rate(step: int, total_steps: int, config: Config) -> float:
 _POSITION = (
     "epoch", "step_in_epoch", "step", "seconds", "start_effective_rank", "identifier_bias",
     "lambda_rank", "blend_beta", "asking", "started", "epochs_asked", "audits",
+    "rounds",
 )  # fmt: skip
 
 

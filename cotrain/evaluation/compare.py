@@ -82,7 +82,7 @@ def paired_bootstrap(
         absolute=absolute,
         relative=absolute / base if base else None,
         ci95=(float(low), float(high)),
-        p_value=min(1.0, 2 * (fewer + 1) / (samples + 1)),
+        p_value=min(1.0, 2 * (int(fewer) + 1) / (samples + 1)),
     )
 
 

@@ -21,6 +21,7 @@ from cotrain.evaluation.formats import (
     signed,
 )
 from cotrain.evaluation.rationale_view import rationale_rows
+from cotrain.evaluation.rounds_view import round_rows, rounds_ended
 from cotrain.evaluation.teacher_view import answer_rows, example_view, teacher_rows
 from cotrain.files import write_whole
 
@@ -205,6 +206,8 @@ def render_html(report: dict[str, Any], curves: list[dict]) -> str:
         slice_views=_slice_views(report.get("slices") or []),
         teacher_rows=teacher_rows(report),
         answer_rows=answer_rows(report.get("teacher") or {}),
+        round_rows=round_rows(report.get("rounds") or []),
+        rounds_ended=rounds_ended(report.get("rounds") or []),
         rationale_rows=rationale_rows(report.get("rationales") or {}),
         rank_rows=_rank_rows(report.get("effective_rank") or {}),
         charts={

@@ -127,7 +127,7 @@ def make_examples(
     apart = held_out_users(data, settings.held_out, seed)
     users = np.setdiff1d(data.trained_users, apart)
     draw = np.random.default_rng((seed, 12))
-    positions = training_positions(data, users, settings.min_history, seed)
+    positions = training_positions(data, users, settings.min_history, seed, settings.draw)
     if settings.candidates == "student" and settings.missing == "drop":
         positions = positions[: _ROWS_DRAWN * settings.rows]
     else:
@@ -199,16 +199,17 @@ def rows_at(
 
 
 def training_positions(
-    data: InteractionData, users: np.ndarray, min_history: int, seed: int
+    data: InteractionData, users: np.ndarray, min_history: int, seed: int, draw: int = 0
 ) -> np.ndarray:
-    """(n, 2) user and cut of every position that may be trained, in random order."""
+    """(n, 2) user and cut of every position that may be trained, in random order, another one for
+    each `draw`."""
     lengths = data.held_out.train_end[users] - data.offsets[users]
     counts = np.maximum(lengths - min_history, 0)
     owners = np.repeat(users, counts)
     first = np.cumsum(counts) - counts
     cuts = np.arange(int(counts.sum())) - np.repeat(first, counts) + min_history
     positions = np.stack([owners, cuts], axis=1)
-    return positions[np.random.default_rng((seed, 19)).permutation(len(positions))]
+    return positions[np.random.default_rng((seed, 19, draw)).permutation(len(positions))]
 
 
 def _rows(

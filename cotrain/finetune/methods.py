@@ -22,7 +22,7 @@ METHODS: dict[str, run.Method] = {
 }
 
 
-def train(method: str, config: FinetuneConfig) -> dict[str, Any]:
+def train(method: str, config: FinetuneConfig, last: bool = True) -> dict[str, Any]:
     """Train a teacher; arguments, result and errors as for `run.run`."""
     _check(method, config)
     mode: run.Mode = "cot"
@@ -30,7 +30,7 @@ def train(method: str, config: FinetuneConfig) -> dict[str, Any]:
         mode = "direct"
     elif method == "bigrec":
         mode = "bigrec" if config.bigrec.task == "title" else "pointwise"
-    return run.run(method, METHODS[method], mode, config)
+    return run.run(method, METHODS[method], mode, config, last)
 
 
 def _check(method: str, config: FinetuneConfig) -> None:

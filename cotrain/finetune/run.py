@@ -147,7 +147,9 @@ def open_folder(folder: Path, config: FinetuneConfig, method: str) -> bool:
     return True
 
 
-def run(method: str, work: Method, mode: Mode, config: FinetuneConfig) -> dict[str, Any]:
+def run(
+    method: str, work: Method, mode: Mode, config: FinetuneConfig, last: bool = True
+) -> dict[str, Any]:
     """Train a teacher by one method.
 
     Args:
@@ -155,6 +157,7 @@ def run(method: str, work: Method, mode: Mode, config: FinetuneConfig) -> dict[s
         work: Does it.
         mode: In which mode the teacher is asked.
         config: Settings; `teacher.mode` is replaced.
+        last: Whether nothing comes after it that the processes do together.
 
     Returns:
         The report, as written to report.json.
@@ -201,7 +204,9 @@ def run(method: str, work: Method, mode: Mode, config: FinetuneConfig) -> dict[s
             shutil.rmtree(checkpoints, ignore_errors=True)
         _say_result(report, page, context)
     accelerator.wait_for_everyone()
-    accelerator.end_training()
+    context.log.close()
+    if last:
+        accelerator.state.destroy_process_group()
     return report
 
 

@@ -66,6 +66,11 @@ class MetricsLog:
         }
         self._accelerator.log(numbers, step=row["step"])
 
+    def close(self) -> None:
+        """Nothing more is written; the processes go on, which `end_training` would part."""
+        for tracker in self._accelerator.trackers:
+            tracker.finish()
+
     @property
     def num_bytes(self) -> int:
         """Length of metrics.jsonl, for a checkpoint; flushed to disk, as the checkpoint is."""

@@ -129,3 +129,10 @@ def test_wrong_input_is_an_error(student, control, match):
 def test_no_samples_is_an_error():
     with pytest.raises(ValueError, match="received 0"):
         paired_bootstrap(np.ones(2), np.ones(2), samples=0)
+
+
+def test_a_lift_is_made_of_plain_numbers():
+    # A p-value of NumPy's own type was written into checkpoints, which then could not be read.
+    lift = paired_bootstrap(np.array([0.5, 0.2, 0.1]), np.array([0.4, 0.2, 0.2]), samples=100)
+    numbers = [lift.absolute, lift.relative, *lift.ci95, lift.p_value]
+    assert [type(value) for value in numbers] == [float] * 5

@@ -139,7 +139,7 @@ def test_what_it_does_not_need_is_not_asked_for(
 
 def test_the_mode_is_the_methods(monkeypatch: pytest.MonkeyPatch):
     asked: list[tuple[str, str]] = []
-    monkeypatch.setattr(run, "run", lambda method, work, mode, config: asked.append((method, mode)))
+    monkeypatch.setattr(run, "run", lambda method, work, mode, *_: asked.append((method, mode)))
     script = module_of("train_teacher")
     for method in ("rank-sft", "star", "process-reward", "bigrec"):
         assert script.main([method, *STUDENT]) == 0
