@@ -60,7 +60,7 @@ def settings(tiny_teacher: str, small_tables: tuple[Path, Path]) -> Settings:
                 "--train.learning_rate", "0.01", "--distill.teacher_temperature", "0.1",
                 "--distill.audit_rows", "8", "--query.fraction", "0.3",
                 "--tuning.rows", "48", "--tuning.learning_rate", "0.01",
-                "--tuning.held_out", "0.5", "--eval.bootstrap_samples", "200",
+                "--tuning.held_out", "0.8", "--eval.bootstrap_samples", "200",
                 "--output_dir", str(folder), *options,
             ]
         )  # fmt: skip
@@ -265,6 +265,21 @@ AUDIT = {
     "teacher_lift": {"absolute": -0.2, "relative": -0.5, "ci95": [-0.3, -0.1], "p_value": 0.01},
     "blend_lift": {"absolute": 0.0, "relative": 0.0, "ci95": [-0.1, 0.1], "p_value": 1.0},
 }  # fmt: skip
+
+
+def test_the_blend_keeps_the_weight_that_was_fitted_before_the_student_learned(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    # Later, a student that has learned what the teacher adds would be pulled back to its control.
+    betas = iter([0.4, 0.0])
+    monkeypatch.setattr(loop, "audit_teacher", lambda state, run: state.audits.append(
+        {**AUDIT, "step": state.step, "teaches": True, "beta": next(betas)}
+    ))  # fmt: skip
+    state, this_run = online.prepare(settings(tmp_path / "run", "--distill.target", "blend"))
+    loop.start_distilling(state, this_run)
+    loop.meet_teacher(state, this_run)
+    assert len(state.audits) == 2
+    assert state.blend_beta == 0.4
 
 
 def test_steps_that_run_out_end_the_rounds(settings: Settings, tmp_path: Path):

@@ -144,6 +144,11 @@ def start_distilling(state: CotrainState, run: Run) -> None:
             "show (above), and distill.audit is stop. Train it (scripts/train_teacher.py), take "
             "another one, audit more rows (distill.audit_rows), or set distill.audit warn."
         )
+    settings = run.config.distill
+    if settings.target == "blend" and settings.blend_beta == "auto" and state.audits:
+        # Of this audit and no later one: here the student is what the blend is made with.
+        state.blend_beta = state.audits[-1]["beta"]
+        tell(f"distill.blend_beta auto: {state.blend_beta:g}", run.accelerator)
 
 
 def meet_teacher(state: CotrainState, run: Run) -> None:
@@ -167,11 +172,6 @@ def meet_teacher(state: CotrainState, run: Run) -> None:
         state.meter.observe_calibration(teacher.calibrate(rows, candidates, shown))
         state.identifier_bias = teacher.ranker.identifier_bias
     audit_teacher(state, run)
-    settings = run.config.distill
-    if settings.target == "blend" and settings.blend_beta == "auto" and state.audits:
-        # Of this audit and no later one: here the student is what the blend is made with.
-        state.blend_beta = state.audits[-1]["beta"]
-        tell(f"distill.blend_beta auto: {state.blend_beta:g}", run.accelerator)
 
 
 def choose_users(state: CotrainState, run: Run, dataset: SequenceDataset, epoch: int) -> None:
