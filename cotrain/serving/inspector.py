@@ -3,7 +3,6 @@ moved between them, the teacher's order, reasons, curves. Knows nothing of HTML 
 
 import json
 import threading
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -102,7 +101,8 @@ class Judged:
     Attributes:
         placed: With the teacher's place, and the student's as `elsewhere`.
         identifier: What it was called in the prompt; "" where candidates have no identifier.
-        prob: Of that identifier among the candidates', after calibration.
+        prob: What the student was to learn: of that identifier among the candidates', after
+            calibration, at the run's temperature.
         tied: Whether the teacher does not tell it apart from another one.
     """
 
@@ -119,6 +119,7 @@ class Answer:
     Attributes:
         rows: Best first.
         confidence: 0 where it guesses, 1 where it is certain.
+        temperature: At which the probabilities were taken.
         seconds: That the ranking took.
         prompt_tokens: That it read.
         reasoning: That it wrote first; "" in most modes.
@@ -126,6 +127,7 @@ class Answer:
 
     rows: list[Judged]
     confidence: float
+    temperature: float
     seconds: float
     prompt_tokens: int
     reasoning: str
@@ -323,12 +325,16 @@ class Inspector:
 
     # ---- the teacher ----------------------------------------------------------------------------
 
-    def ask(self, person: Person, say: Callable[[str], None]) -> Answer:
+    @property
+    def teacher_is_loaded(self) -> bool:
+        """Whether the next answer takes no longer than the ranking."""
+        return self._teacher is not None
+
+    def ask(self, person: Person) -> Answer:
         """The teacher's order of the candidates that the student proposes, as during the run.
 
         Args:
             person: For whom.
-            say: Is told what is being done.
 
         Raises:
             DataError: There is no teacher, or there are too few candidates.
@@ -336,14 +342,13 @@ class Inspector:
         """
         if self.no_teacher:
             raise DataError(self.no_teacher)
-        ranker = self._loaded_teacher(say)
+        ranker = self._loaded_teacher()
         size = ranker.settings.num_candidates
         model = "student" if "student" in self.models else "control"
         found = self.models[model].top_items([person.history], size).cpu()
         if not bool(found.complete[0]):
             raise DataError(f"Too few items are left to ask about: the teacher ranks {size}.")
         candidates = found.item_ids[0].tolist()
-        say("The teacher ranks …")
         # The same order is shown whenever the same person is asked about.
         seed = (0, 0) if person.user is None else (0, 1, person.user)
         verdict = ranker.rank(
@@ -363,18 +368,24 @@ class Inspector:
             for place, at in enumerate(verdict.ranking[0].tolist(), start=1)
         ]
         reasoning = verdict.reasonings[0] if verdict.reasonings else ""
+        ordered = verdict.identifier_logits is None
         return Answer(
-            rows, float(verdict.confidence[0]), verdict.seconds, verdict.prompt_tokens, reasoning
+            rows,
+            confidence=float(verdict.confidence[0]),
+            temperature=ranker.order_temperature if ordered else ranker.temperature,
+            seconds=verdict.seconds,
+            prompt_tokens=verdict.prompt_tokens,
+            reasoning=reasoning,
         )
 
-    def _loaded_teacher(self, say: Callable[[str], None]) -> RankLLM:
+    def _loaded_teacher(self) -> RankLLM:
         """Loaded by the first who asks; the others wait for it."""
         with self._loading:
             if self._teacher is None:
                 settings = self.run.folder / "config.yaml"
                 config = configuration.parse(["--config", str(settings)])
                 device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-                ranker = load_ranker(config, self.data, device, say)
+                ranker = load_ranker(config, self.data, device, lambda _: None)
                 bias = torch.tensor(self.report["teacher"].get("identifier_bias") or [])
                 if bias.shape == ranker.identifier_bias.shape:
                     ranker.identifier_bias = bias

@@ -3,7 +3,7 @@ What is shown is decided in inspector.py and worded in views.py."""
 
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 # Before Gradio is read: it would report its use to its makers.
@@ -73,18 +73,19 @@ class Page:
         except CotrainError as error:
             return views.notice(error)
 
-    def ask(self, person: Person | None, progress: gr.Progress = gr.Progress()) -> str:  # noqa: B008
-        """The teacher's answer."""
+    def ask(self, person: Person | None) -> Iterator[str]:
+        """The teacher's answer, and before it what it is waited for."""
         if person is None:
-            return views.notice("Choose somebody first, whose candidates the teacher is to rank.")
-
-        def say(text: str) -> None:
-            progress(None, desc=text)
-
+            yield views.notice("Choose somebody first, whose candidates the teacher is to rank.")
+            return
+        if not self.inspector.teacher_is_loaded:
+            yield views.notice(
+                "Loading the teacher. This is done once, and may take a minute …", "quiet"
+            )
         try:
-            return views.answer_view(self.inspector, self.inspector.ask(person, say))
+            yield views.answer_view(self.inspector, self.inspector.ask(person))
         except CotrainError as error:
-            return views.notice(error)
+            yield views.notice(error)
 
     def charts(self) -> str:
         """The run's curves."""
@@ -152,7 +153,7 @@ def _recommendations(page: Page, whole: gr.Blocks) -> None:
     of_student: Any = {
         "concurrency_id": "student", "concurrency_limit": 1, "api_visibility": "private",
     }  # fmt: skip
-    of_teacher: Any = of_student | {"concurrency_id": "teacher"}
+    of_teacher: Any = of_student | {"concurrency_id": "teacher", "show_progress": "minimal"}
     quietly: Any = of_student | {"show_progress": "hidden", "trigger_mode": "always_last"}
     user.key_up(page.users_like, None, user, **quietly)
     user.input(page.show_user, [user, hide], shown, **of_student)
@@ -241,6 +242,9 @@ def serve(inspector: Inspector, host: str, port: int, say: Callable[[str], None]
     if host not in _LOCAL:
         say("Everybody who reaches this machine can look at the run, and ask its teacher.")
     say("Ctrl-C ends it.")
-    # A browser keeps a connection open as long as the page is.
-    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1)
-    uvicorn.Server(config).run(sockets=[listening])
+    uvicorn.Server(server_settings(app)).run(sockets=[listening])
+
+
+def server_settings(app: Guard) -> uvicorn.Config:
+    """Of the page's server, which ends though a browser keeps a connection open."""
+    return uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1)

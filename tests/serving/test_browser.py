@@ -3,14 +3,23 @@
 import contextlib
 import re
 import shutil
+import signal
+import socket
 import subprocess
 import sys
+import threading
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
 import pytest
+import uvicorn
+
+from cotrain.rationale.answers import FinishedRun
+from cotrain.serving.inspector import Inspector
+from cotrain.serving.page import make_app, server_settings
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
 SCRIPT = Path(__file__).parent.parent.parent / "scripts" / "serve.py"
@@ -34,17 +43,15 @@ def browser() -> Iterator[Any]:
 
 @contextlib.contextmanager
 def serving(run: Path) -> Iterator[str]:
-    """Address of the page, as a person would start it."""
-    command = [sys.executable, "-u", str(SCRIPT), "--run", str(run), "--port", "0"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
-        try:
-            assert server.stdout is not None
-            line = server.stdout.readline()
-            found = re.search(r"http://127\.0\.0\.1:\d+", line)
-            assert found, line
-            yield found[0]
-        finally:
-            server.terminate()
+    """Address of the page of a run."""
+    inspector = Inspector(FinishedRun.open(run))
+    listening = socket.create_server(("127.0.0.1", 0))
+    server = uvicorn.Server(server_settings(make_app(inspector, "127.0.0.1")))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+    thread.start()
+    yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+    server.should_exit = True
+    thread.join(60)
 
 
 @pytest.fixture(scope="module")
@@ -172,3 +179,16 @@ def test_a_run_without_teacher_and_control_says_so(
         page.wait_for_selector("text=kept its student only")
         assert page.locator("#lists .ct-list li").count() == 10
         page.close()
+
+
+def test_the_command_serves_until_it_is_interrupted(run_with_control: Path):
+    command = [sys.executable, "-u", str(SCRIPT), "--run", str(run_with_control), "--port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None
+        line = server.stdout.readline()
+        found = re.search(r"http://127\.0\.0\.1:\d+", line)
+        assert found, line
+        with urllib.request.urlopen(found[0], timeout=120) as answer:
+            assert answer.status == 200
+        server.send_signal(signal.SIGINT)
+        server.wait(120)

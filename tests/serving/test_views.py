@@ -80,7 +80,7 @@ def test_nothing_of_the_catalogue_becomes_markup(
     parts = [
         views.head(hostile),
         views.person_view(hostile, person, hostile.lists(person)),
-        views.answer_view(hostile, hostile.ask(person, print)),
+        views.answer_view(hostile, hostile.ask(person)),
         views.reasons_view(hostile, hostile.reasons(person)),
         views.notice(DataError(f"no item is called {hostile_titles[50]!r}\n\x1b[2J")),
     ]
