@@ -1,6 +1,7 @@
 """What the page shows of a finished run, as records: whose history, both models' lists and what
 moved between them, the teacher's order, reasons, curves. Knows nothing of HTML or of browsers."""
 
+import itertools
 import json
 import threading
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from cotrain.evaluation.drawing import Chart
 from cotrain.rationale.answers import FinishedRun
 from cotrain.rationale.explain import Explainer, Explanation
 from cotrain.rationale.head import FOLDER as HEAD
-from cotrain.student.lookup import Kind, folded
+from cotrain.student.lookup import Kind
 from cotrain.teacher.item_prompts import ItemPrompts
 from cotrain.teacher.ranker import RankLLM
 
@@ -28,8 +29,8 @@ from cotrain.teacher.ranker import RankLLM
 MAX_USER_CHARACTERS, MAX_TEXT_CHARACTERS, MAX_ITEMS = 200, 10_000, 50
 # Items of a list, and places of the other list that are looked through for where one was.
 TOP, SEARCHED = 10, 100
-# Suggestions while somebody types.
-SUGGESTED = 20
+# Users and titles that the page lists, to be searched in the browser.
+OFFERED = 10_000
 # Bytes of metrics.jsonl that are read.
 _MAX_CURVES = 2**28
 
@@ -219,7 +220,7 @@ class Inspector:
         if user is None:
             raise DataError(
                 f"The data {self.data.name!r} have no user {text!r}. Expected one of "
-                f"{self.data.num_users:,}, such as {', '.join(map(repr, self.users_like('')[:3]))}."
+                f"{self.data.num_users:,}, such as {', '.join(map(repr, self.some_users()[:3]))}."
             )
         if not hide_next or user not in self._tested:
             return Person(user, self.data.user_ids[user], self.data.history(user))
@@ -256,24 +257,14 @@ class Inspector:
         place = np.random.default_rng().choice(users if len(users) else self.data.num_users)
         return str(self.data.user_ids[place])
 
-    def users_like(self, text: Any) -> list[str]:
-        """Ids that begin with what was typed, then those that hold it."""
-        wanted = _text(text, MAX_USER_CHARACTERS, "A user id").strip()
-        ids = list(self._user_places)
-        first = [user for user in ids if user.startswith(wanted)]
-        rest = [user for user in ids if wanted in user and not user.startswith(wanted)]
-        return (first + rest)[:SUGGESTED]
+    def some_users(self) -> list[str]:
+        """Ids to choose from; others can be typed."""
+        return list(itertools.islice(self._user_places, OFFERED))
 
-    def titles_like(self, text: Any) -> list[str]:
-        """Titles that hold all words that were typed, in the order of the catalogue."""
-        words = folded(_text(text, MAX_USER_CHARACTERS, "A title")).split()
-        found = []
-        for title, items in self.run.lookup.by_title.items():
-            if all(word in title for word in words):
-                found.append(self.catalog.titles[items[0]])
-                if len(found) == SUGGESTED:
-                    break
-        return found
+    def some_titles(self) -> list[str]:
+        """Titles to choose from, in the order of the catalogue; others can be typed."""
+        items = itertools.islice(self.run.lookup.by_title.values(), OFFERED)
+        return [self.catalog.titles[of_title[0]] for of_title in items]
 
     # ---- what they are shown --------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ import gradio as gr
 import uvicorn
 from fastapi import FastAPI
 
-from cotrain.errors import ConfigError, CotrainError, DataError
+from cotrain.errors import ConfigError, CotrainError
 from cotrain.serving import views
 from cotrain.serving.guard import Guard
 from cotrain.serving.inspector import (
@@ -94,14 +94,6 @@ class Page:
         except CotrainError as error:
             return views.notice(error)
 
-    def users_like(self, typed: gr.KeyUpData) -> Any:
-        """Choices while somebody types an id."""
-        return _choices(self.inspector.users_like, typed)
-
-    def titles_like(self, typed: gr.KeyUpData) -> Any:
-        """Choices while somebody types a title."""
-        return _choices(self.inspector.titles_like, typed)
-
     def add_title(self, title: Any, text: Any) -> tuple[Any, Any]:
         """(no title, the list of items with this one)."""
         known = isinstance(title, str) and isinstance(text, str | None)
@@ -109,13 +101,6 @@ class Page:
         if not known or len(lines) >= MAX_ITEMS:
             return None, text
         return None, "\n".join([*lines, title[:MAX_USER_CHARACTERS]])
-
-
-def _choices(find: Callable[[Any], list[str]], typed: gr.KeyUpData) -> Any:
-    try:
-        return gr.update(choices=find(typed.input_value))
-    except DataError:
-        return gr.update(choices=[])
 
 
 def build(inspector: Inspector) -> gr.Blocks:
@@ -154,12 +139,10 @@ def _recommendations(page: Page, whole: gr.Blocks) -> None:
         "concurrency_id": "student", "concurrency_limit": 1, "api_visibility": "private",
     }  # fmt: skip
     of_teacher: Any = of_student | {"concurrency_id": "teacher", "show_progress": "minimal"}
-    quietly: Any = of_student | {"show_progress": "hidden", "trigger_mode": "always_last"}
-    user.key_up(page.users_like, None, user, **quietly)
+    quietly: Any = of_student | {"show_progress": "hidden"}
     user.input(page.show_user, [user, hide], shown, **of_student)
     hide.input(page.show_user, [user, hide], shown, **of_student)
     another.click(page.show_any, hide, [user, *shown], **of_student)
-    title.key_up(page.titles_like, None, title, **quietly)
     title.input(page.add_title, [title, items], [title, items], **quietly)
     recommend.click(page.show_new, items, shown, **of_student)
     ask.click(page.ask, person, answer, **of_teacher)
@@ -172,22 +155,22 @@ def _known_user(inspector: Inspector) -> tuple[gr.Dropdown, gr.Checkbox, gr.Butt
         _part(views.notice(inspector.no_data, "quiet"))
     with gr.Row(visible=not inspector.no_data):
         user = gr.Dropdown(
-            [] if inspector.no_data else inspector.users_like(""), value=None,
-            label="User id: type to search", allow_custom_value=True, scale=3, min_width=260,
+            [] if inspector.no_data else inspector.some_users(), value=None,
+            label="User id: type to search", allow_custom_value=True, scale=4, min_width=260,
             elem_id="user",
         )  # fmt: skip
-        hide = gr.Checkbox(
-            True, label="Hide what they took next from the models", scale=2, min_width=260,
-            elem_id="hide",
-        )  # fmt: skip
         another = gr.Button("Another user", scale=1, min_width=140, elem_id="another")
+    hide = gr.Checkbox(
+        True, label="Hide what they took next from the models", container=False, elem_id="hide",
+        visible=not inspector.no_data,
+    )  # fmt: skip
     return user, hide, another
 
 
 def _new_user(inspector: Inspector) -> tuple[gr.Dropdown, gr.Textbox, gr.Button]:
     with gr.Row():
         title = gr.Dropdown(
-            inspector.titles_like(""), value=None, label="Find a title and add it",
+            inspector.some_titles(), value=None, label="Find a title and add it",
             allow_custom_value=True, min_width=260, elem_id="title",
         )  # fmt: skip
         items = gr.Textbox(

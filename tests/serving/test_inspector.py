@@ -14,10 +14,8 @@ from cotrain.errors import CheckpointError, CotrainError, DataError
 from cotrain.rationale.answers import UNSHIPPED
 from cotrain.serving.inspector import (
     MAX_ITEMS,
-    MAX_TEXT_CHARACTERS,
     MAX_USER_CHARACTERS,
     SEARCHED,
-    SUGGESTED,
     TOP,
     Inspector,
     one_line,
@@ -112,15 +110,15 @@ def test_no_such_items(text: Any, words: str, inspector: Inspector):
     assert len(line) <= 400
 
 
-def test_suggestions_are_few_and_fit(inspector: Inspector):
-    assert len(inspector.users_like("")) == SUGGESTED
-    assert inspector.users_like("6")[:2] == ["6", "60"]
-    assert "16" in inspector.users_like("6")
-    assert inspector.users_like("x") == []
-    assert inspector.titles_like("wars STAR") == ["Star Wars (1977)"]
-    assert len(inspector.titles_like("")) == SUGGESTED
-    with pytest.raises(DataError):
-        inspector.titles_like("x" * MAX_TEXT_CHARACTERS)
+def test_what_is_offered_is_bounded_and_found(
+    inspector: Inspector, monkeypatch: pytest.MonkeyPatch
+):
+    assert len(inspector.some_users()) == 60
+    assert len(inspector.some_titles()) == len(set(inspector.catalog.titles)) - 1
+    monkeypatch.setattr("cotrain.serving.inspector.OFFERED", 3)
+    assert len(inspector.some_users()) == len(inspector.some_titles()) == 3
+    assert inspector.known_user(inspector.some_users()[2]).user is not None
+    assert len(inspector.new_user("\n".join(inspector.some_titles())).history) == 3
     assert inspector.known_user(inspector.random_user()).taken_next is not None
 
 
