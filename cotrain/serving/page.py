@@ -21,8 +21,8 @@ from cotrain.serving.inspector import (
     MAX_TEXT_CHARACTERS,
     MAX_USER_CHARACTERS,
     Inspector,
-    Person,
 )
+from cotrain.serving.records import Person
 
 _LOCAL = ("127.0.0.1", "localhost", "[::1]", "::1")
 # Requests that wait for their turn, at most.

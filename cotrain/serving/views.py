@@ -7,7 +7,8 @@ from cotrain.evaluation.drawing import PALETTE, Chart
 from cotrain.evaluation.formats import page_template
 from cotrain.evaluation.report import verdict
 from cotrain.rationale.explain import Explanation, Reason
-from cotrain.serving.inspector import SEARCHED, TOP, Answer, Inspector, Lists, Person, one_line
+from cotrain.serving.inspector import Inspector, one_line
+from cotrain.serving.records import SEARCHED, TOP, Answer, Lists, Person
 
 _FOLDER = Path(__file__).parent
 # Items of a history that are shown at once, and at all.

@@ -15,11 +15,10 @@ from cotrain.rationale.answers import UNSHIPPED
 from cotrain.serving.inspector import (
     MAX_ITEMS,
     MAX_USER_CHARACTERS,
-    SEARCHED,
-    TOP,
     Inspector,
     one_line,
 )
+from cotrain.serving.records import SEARCHED, TOP
 
 Look = Callable[[Path], Inspector]
 

@@ -4,7 +4,8 @@ from html.parser import HTMLParser
 
 from cotrain.errors import DataError
 from cotrain.serving import views
-from cotrain.serving.inspector import TOP, Inspector, Lists, Placed
+from cotrain.serving.inspector import Inspector
+from cotrain.serving.records import TOP, Lists, Placed
 
 
 class Seen(HTMLParser):
