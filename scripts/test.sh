@@ -5,6 +5,13 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 extra=test
 source scripts/environment.sh
+case "$*" in *slow* | *browser*)
+    # Playwright drives the system's Chromium; without one, tests of the page skip and say so.
+    command -v chromium chromium-browser google-chrome >/dev/null ||
+        { apt-get update -q && apt-get install -qy chromium; } ||
+        echo "note: Chromium could not be installed; tests marked browser will be skipped." >&2
+    ;;
+esac
 ruff check .
 ruff format --check .
 pyright

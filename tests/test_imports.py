@@ -66,6 +66,10 @@ BELOW = {
         "cotrain.errors", "cotrain.files", "cotrain.data", "cotrain.student", "cotrain.evaluation",
         "cotrain.rationale",
     },
+    "cotrain.serving": {
+        "cotrain.errors", "cotrain.config", "cotrain.data", "cotrain.student", "cotrain.teacher",
+        "cotrain.evaluation", "cotrain.rationale", "cotrain.distill",
+    },
     "cotrain.api": {
         "cotrain.errors", "cotrain.config", "cotrain.data", "cotrain.student", "cotrain.teacher",
         "cotrain.evaluation", "cotrain.rationale", "cotrain.distill",

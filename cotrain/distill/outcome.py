@@ -26,6 +26,7 @@ from cotrain.evaluation.metrics import (
 from cotrain.evaluation.report import json_ready, result_table, write_report
 from cotrain.evaluation.slices import slice_table, slices_of
 from cotrain.rationale.agreement import measure_agreement
+from cotrain.rationale.answers import SHIPPED, UNSHIPPED
 from cotrain.rationale.explain import Explainer
 from cotrain.rationale.head import FOLDER as HEAD
 from cotrain.runtime import tracking
@@ -83,7 +84,7 @@ def finish(state: CotrainState, run: Run) -> dict[str, Any]:
     }
     report["warnings"] = _warnings(report)
     if accelerator.is_main_process:
-        _export(shipped, found, run, report)
+        _export(state, shipped, found, run, report)
         _, page = write_report(report, run.log.rows(), folder)
         accelerator.print(f"\n{result_table(report)}\n\nReport: {page}")
     return report
@@ -294,14 +295,17 @@ def _warnings(report: dict[str, Any]) -> list[str]:
     return warnings
 
 
-def _export(shipped: Learner, found: Found, run: Run, report: dict[str, Any]) -> None:
-    """Write the shipped model with its catalogue, and every user's ranks, null where a user is not
-    evaluated."""
-    target = run.folder / "student"
-    shutil.rmtree(target, ignore_errors=True)
-    Recommender(shipped.bare, run.data.catalog).save_pretrained(
-        target, model_card_kwargs=card_facts(json_ready(report))
-    )
+def _export(
+    state: CotrainState, shipped: Learner, found: Found, run: Run, report: dict[str, Any]
+) -> None:
+    """Write the shipped model and the other one, each with its catalogue, and every user's ranks,
+    null where a user is not evaluated."""
+    for learner in state.learners:
+        target = run.folder / (SHIPPED if learner is shipped else UNSHIPPED)
+        shutil.rmtree(target, ignore_errors=True)
+        # The report's results and licence notes are those of the shipped one.
+        facts = card_facts(json_ready(report)) if learner is shipped else {}
+        Recommender(learner.bare, run.data.catalog).save_pretrained(target, model_card_kwargs=facts)
     if run.rationales is not None and shipped.head is not None:
         shipped.head.save(run.folder / HEAD, {"store": run.rationales.facts(run.data)["store"]})
     table = pl.DataFrame({"user_id": run.data.user_ids})

@@ -274,12 +274,12 @@ _REMEDIES = {
 )
 
 
-def make_teacher(config: Config, data: InteractionData, device: torch.device, say: Any) -> Teacher:
-    """Load the language model that the settings name, try it on real prompts.
+def load_ranker(config: Config, data: InteractionData, device: torch.device, say: Any) -> RankLLM:
+    """Load the language model that the settings name, with the prompts of these data.
 
     Raises:
         AssetError, TeacherError, ConfigError: It cannot be loaded, its identifiers cannot be
-            scored, its context is too short, or no row gets a verdict.
+            scored, or its context is too short.
     """
     settings = config.teacher
     assert settings.model is not None
@@ -302,11 +302,22 @@ def make_teacher(config: Config, data: InteractionData, device: torch.device, sa
         backbone, prompts, settings,
         config.distill.teacher_temperature, config.distill.order_temperature, data.train_counts,
     )  # fmt: skip
+    ranker.prepare()
+    return ranker
+
+
+def make_teacher(config: Config, data: InteractionData, device: torch.device, say: Any) -> Teacher:
+    """Load the teacher, compile it where that pays, try it on real prompts.
+
+    Raises:
+        AssetError, TeacherError, ConfigError: As `load_ranker`; or no row gets a verdict.
+    """
+    settings, ranker = config.teacher, load_ranker(config, data, device, say)
+    backbone = ranker.backbone
     users = data.trained_users[:8].tolist()
     histories = [data.train_history(user).tolist() for user in users]
     any_items = [list(range(1, settings.num_candidates + 1))] * len(users)
     seeds = [(config.seed, user) for user in users]
-    ranker.prepare()
     # There is no student yet to weight them.
     scores = [[0.0] * settings.num_candidates] * len(users) if ranker.wants_scores else None
     if settings.compile == "on" or (settings.compile == "auto" and compiling_pays(backbone)):

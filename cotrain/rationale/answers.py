@@ -17,6 +17,9 @@ from cotrain.rationale.store import RationaleStore
 from cotrain.student.lookup import ItemLookup
 from cotrain.student.recommender import Recommender
 
+# Folders of a run with the better of student and control, and the other of the two.
+SHIPPED, UNSHIPPED = "student", "unshipped"
+
 
 @dataclass(frozen=True)
 class FinishedRun:
@@ -38,7 +41,7 @@ class FinishedRun:
             CheckpointError: No run folder, or of a run that has not finished.
             AssetError, DataError: Its student is damaged.
         """
-        settings, student = folder / "config.yaml", folder / "student"
+        settings, student = folder / "config.yaml", folder / SHIPPED
         if not settings.is_file():
             raise CheckpointError(
                 f"{folder} is no run folder: it has no config.yaml. Give --run the folder that "
@@ -86,6 +89,32 @@ class FinishedRun:
                 f"{str(error)[:200]}. Expected what scripts/train_online.py wrote."
             ) from error
         return report
+
+    @cached_property
+    def models(self) -> dict[str, Recommender]:
+        """What it keeps of `student` and `control`, by these names: both, or the shipped one where
+        there was no control, or an earlier version of this package finished the run.
+
+        Raises:
+            CheckpointError: The report does not say which of them is shipped.
+            AssetError, DataError: The other one is damaged, or of other items.
+        """
+        shipped = self.report.get("shipped")
+        if shipped not in ("student", "control"):
+            raise CheckpointError(
+                f"{self.folder / 'report.json'} says that {shipped!r} is shipped; expected student "
+                "or control, as scripts/train_online.py writes."
+            )
+        found = {shipped: self.recommender}
+        if (self.folder / UNSHIPPED).is_dir():
+            other = Recommender.from_pretrained(self.folder / UNSHIPPED)
+            if other.catalog.item_ids != self.recommender.catalog.item_ids:
+                raise DataError(
+                    f"{self.folder / UNSHIPPED} recommends other items than "
+                    f"{self.folder / SHIPPED}. Expected both of one run."
+                )
+            found["control" if shipped == "student" else "student"] = other
+        return found
 
     @cached_property
     def lookup(self) -> ItemLookup:

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from cotrain.errors import CotrainError
+from cotrain.rationale.answers import FinishedRun
 from cotrain.runtime import checkpoint
 from cotrain.student.recommender import Recommender
 
@@ -136,6 +137,14 @@ def test_a_run_leaves_what_the_readme_promises(options: Options):
     ranks = pl.read_parquet(folder / "ranks.parquet")[f"{report['shipped']}_test_rank"]
     recall = report[report["shipped"]]["test"]["recall@10"]
     assert (ranks <= 10).mean() == pytest.approx(recall)
+    # The other one is kept too, and each is what its name says.
+    run = FinishedRun.open(folder)
+    users = run.data.evaluated_users("test").tolist()
+    for name in ("student", "control"):
+        histories = [run.data.history_before(user, "test") for user in users]
+        found, _ = run.models[name].top_indices(histories, 10)
+        hits = (found == run.data.targets("test")[:, None]).any(1).mean()
+        assert hits == pytest.approx(report[name]["test"]["recall@10"])
 
 
 def test_a_run_split_by_time_evaluates_whom_it_can(options: Options):
