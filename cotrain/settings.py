@@ -367,6 +367,28 @@ class EvalConfig:
     bootstrap_samples: int = option(10_000, "Resamples of the paired bootstrap.", ge=100)
 
 
+TRACKERS = ("tensorboard", "wandb", "mlflow")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrackingConfig:
+    """Where a run is shown besides its folder."""
+
+    # `with` on the command line and in files, which Python keeps for itself.
+    with_: str | None = option(
+        "tensorboard",
+        "Joined by commas: tensorboard (files in the run folder), wandb (Weights & Biases; "
+        "pip install 'cotrain[wandb]'), mlflow (pip install 'cotrain[mlflow]'); none: nothing.",
+    )
+
+    @property
+    def names(self) -> list[str]:
+        """Each tracker once."""
+        return list(
+            dict.fromkeys(name.strip() for name in (self.with_ or "").split(",") if name.strip())
+        )
+
+
 @dataclasses.dataclass(frozen=True)
 class Config:
     """One run, whole."""
@@ -378,6 +400,7 @@ class Config:
     query: QueryConfig = dataclasses.field(default_factory=QueryConfig)
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
     eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
+    tracking: TrackingConfig = dataclasses.field(default_factory=TrackingConfig)
     output_dir: str | None = option(
         None, "Folder of the run, without another run in it; none: runs/DATA-DATE-TIME."
     )

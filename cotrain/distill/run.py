@@ -28,6 +28,7 @@ from cotrain.rationale.store import RationaleStore
 from cotrain.runtime import checkpoint, tracking, zero
 from cotrain.runtime.processes import make_accelerator
 from cotrain.runtime.seeding import seed_everything
+from cotrain.runtime.trackers import require_packages
 from cotrain.student.losses import make_loss
 from cotrain.teacher.backbone import load_backbone
 from cotrain.teacher.compiled import compile_layers, compiling_pays, uncompile_layers
@@ -109,8 +110,8 @@ def run(config: Config, resume: bool = False) -> dict[str, Any]:
 
 def prepare(config: Config, resume: bool = False) -> tuple[CotrainState, Run]:
     """Everything before the first step; arguments and errors as for `run`."""
-    # The folder is set below, once the processes can talk; a tracker asks for one already here.
-    accelerator = make_accelerator(log_with="tensorboard", project_dir=".")
+    require_packages(config.tracking.names)
+    accelerator = make_accelerator()
     if zero.stage(accelerator) and config.train.item_updates == "lazy":
         raise ConfigError(
             "train.item_updates is lazy, whose sparse gradients DeepSpeed cannot shard. Set "
@@ -127,7 +128,6 @@ def prepare(config: Config, resume: bool = False) -> tuple[CotrainState, Run]:
         broadcast_object_list(chosen)
         config = chosen[0]
     folder = Path(str(config.output_dir))
-    accelerator.project_configuration.logging_dir = str(folder)
     tracking.use_all_cores(int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     seed_everything(config.seed)  # on every process alike, until the models are made
     say = accelerator.print
@@ -168,7 +168,10 @@ def prepare(config: Config, resume: bool = False) -> tuple[CotrainState, Run]:
     elif accelerator.is_main_process:
         make_folder(folder, config, accelerator)
     accelerator.wait_for_everyone()
-    log = tracking.MetricsLog(folder, accelerator, log_bytes, state.step if resume else None)
+    log = tracking.MetricsLog(
+        folder, accelerator, log_bytes, state.step if resume else None, config.tracking.names,
+        configuration.flat(configuration.to_dict(config)),
+    )  # fmt: skip
     say_plan(config, data, state, teacher, folder, say)
     return state, Run(config, data, teacher, rationales, loss, accelerator, log, folder)
 
