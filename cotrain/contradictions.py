@@ -18,7 +18,7 @@ def contradictions(config: Any) -> list[str]:
         return _encode_contradictions(config)
     problems = []
     student = config.student
-    if student.hidden_size % student.num_heads:
+    if student.architecture == "sasrec" and student.hidden_size % student.num_heads:
         problems.append(
             f"student.hidden_size {student.hidden_size} is not a multiple of student.num_heads "
             f"{student.num_heads}; change one of them."

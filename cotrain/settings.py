@@ -83,8 +83,13 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class StudentConfig:
-    """The sequential recommender that is served (SASRec)."""
+    """The sequential recommender that is served."""
 
+    architecture: str = option(
+        "sasrec",
+        "sasrec, or a student of your own as module:Class; it is given those of these settings "
+        "that its __init__ names.",
+    )
     hidden_size: int = option(128, "Width D of item embeddings and states.", ge=1)
     num_layers: int = option(2, "Transformer blocks.", ge=1)
     num_heads: int = option(2, "Attention heads; divides hidden_size.", ge=1)

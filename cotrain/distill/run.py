@@ -29,6 +29,7 @@ from cotrain.runtime import checkpoint, tracking, zero
 from cotrain.runtime.processes import make_accelerator
 from cotrain.runtime.seeding import seed_everything
 from cotrain.runtime.trackers import require_packages
+from cotrain.student.architectures import student_class
 from cotrain.student.losses import make_loss
 from cotrain.teacher.backbone import load_backbone
 from cotrain.teacher.compiled import compile_layers, compiling_pays, uncompile_layers
@@ -111,6 +112,7 @@ def run(config: Config, resume: bool = False) -> dict[str, Any]:
 def prepare(config: Config, resume: bool = False) -> tuple[CotrainState, Run]:
     """Everything before the first step; arguments and errors as for `run`."""
     require_packages(config.tracking.names)
+    student_class(config.student.architecture)
     accelerator = make_accelerator()
     if zero.stage(accelerator) and config.train.item_updates == "lazy":
         raise ConfigError(
@@ -355,7 +357,7 @@ def say_plan(
     train = config.train
     parameters = sum(p.numel() for p in state.student.bare.parameters())
     start = f", items start from {config.student.item_text}" if config.student.item_text else ""
-    say(f"Student: SASRec, {parameters / 1e6:.2f} M parameters{start}")
+    say(f"Student: {type(state.student.bare).__name__}, {parameters / 1e6:.2f} M parameters{start}")
     plan = f"Plan: {train.epochs} epochs of {train.loss}, without a teacher"
     if teacher is not None:
         asked = teacher.query.rows_per_epoch * (train.epochs - train.warmup_epochs)

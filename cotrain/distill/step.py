@@ -24,8 +24,8 @@ from cotrain.distill.state import CotrainState
 from cotrain.errors import CotrainError
 from cotrain.runtime.seeding import replayed, torch_state
 from cotrain.student.losses import TrainingLoss
+from cotrain.student.protocol import StudentOutput
 from cotrain.student.retrieval import Candidates, retrieve
-from cotrain.student.sasrec import StudentOutput
 from cotrain.teacher.verdict import entropy
 
 
