@@ -28,6 +28,7 @@ from cotrain.settings import (
     QueryConfig,
     StudentConfig,
     TeacherConfig,
+    TrackingConfig,
     TrainConfig,
     TuningConfig,
     option,
@@ -36,7 +37,8 @@ from cotrain.settings import (
 __all__ = [
     "Config", "DataConfig", "DistillConfig", "EncodeConfig", "EvalConfig", "EvaluateConfig",
     "FinetuneConfig", "GenerateConfig", "Leaf", "QueryConfig", "RationaleConfig", "StudentConfig",
-    "TeacherConfig", "TrainConfig", "TuningConfig", "leaves", "option", "parse", "save", "to_dict",
+    "TeacherConfig", "TrackingConfig", "TrainConfig", "TuningConfig", "leaves", "option", "parse",
+    "save", "to_dict",
 ]  # fmt: skip
 
 # What a script can be configured by: a run, or what is prepared for one.
@@ -78,7 +80,7 @@ def leaves(cls: type = Config, prefix: str = "") -> Iterator[Leaf]:
         if dataclasses.is_dataclass(hints[field.name]):
             yield from leaves(hints[field.name], f"{prefix}{field.name}.")
         else:
-            yield Leaf(prefix + field.name, hints[field.name], field)
+            yield Leaf(prefix + _said(field.name), hints[field.name], field)
 
 
 def parse(argv: Sequence[str], default_file: Path | None = None, prog: str | None = None) -> Config:
@@ -132,9 +134,16 @@ def parse_as(
     return config
 
 
+def _said(field_name: str) -> str:
+    """What a field is called outside of Python, which has words of its own, such as `with`."""
+    return field_name.removesuffix("_")
+
+
 def to_dict(config: Any) -> dict[str, Any]:
     """Nested plain values, as written to a run's config.yaml."""
-    return dataclasses.asdict(config)
+    return dataclasses.asdict(
+        config, dict_factory=lambda pairs: {_said(name): value for name, value in pairs}
+    )
 
 
 def save(config: Any, path: Path) -> None:
@@ -319,7 +328,7 @@ def _build(cls: type, values: dict[str, Any], prefix: str) -> Any:
     hints = typing.get_type_hints(cls)
     arguments = {}
     for field in dataclasses.fields(cls):
-        name = prefix + field.name
+        name = prefix + _said(field.name)
         if dataclasses.is_dataclass(hints[field.name]):
             arguments[field.name] = _build(hints[field.name], values, f"{name}.")
         elif name in values:

@@ -5,7 +5,7 @@ from typing import Any
 
 from cotrain.finetune_settings import EvaluateConfig, FinetuneConfig
 from cotrain.rationale_settings import EncodeConfig, GenerateConfig
-from cotrain.settings import DataConfig, TeacherConfig
+from cotrain.settings import TRACKERS, DataConfig, TeacherConfig
 
 
 def contradictions(config: Any) -> list[str]:
@@ -18,7 +18,7 @@ def contradictions(config: Any) -> list[str]:
         return _encode_contradictions(config)
     problems = []
     student = config.student
-    if student.hidden_size % student.num_heads:
+    if student.architecture == "sasrec" and student.hidden_size % student.num_heads:
         problems.append(
             f"student.hidden_size {student.hidden_size} is not a multiple of student.num_heads "
             f"{student.num_heads}; change one of them."
@@ -60,6 +60,12 @@ def contradictions(config: Any) -> list[str]:
         problems.append(
             f"train.label_smoothing {train.label_smoothing} has no meaning for train.loss "
             f"{train.loss}; set it to 0, or train.loss chunked_ce."
+        )
+    unknown = [name for name in config.tracking.names if name not in TRACKERS]
+    if unknown:
+        problems.append(
+            f"tracking.with names {', '.join(map(repr, unknown))}; expected of "
+            f"{', '.join(TRACKERS)}, joined by commas, or none."
         )
     problems += _teacher_contradictions(config.teacher) + _rounds_contradictions(config)
     if config.distill.confidence == "agreement" and config.teacher.shuffles < 2:

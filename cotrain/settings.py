@@ -83,8 +83,13 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class StudentConfig:
-    """The sequential recommender that is served (SASRec)."""
+    """The sequential recommender that is served."""
 
+    architecture: str = option(
+        "sasrec",
+        "sasrec, or a student of your own as module:Class; it is given those of these settings "
+        "that its __init__ names.",
+    )
     hidden_size: int = option(128, "Width D of item embeddings and states.", ge=1)
     num_layers: int = option(2, "Transformer blocks.", ge=1)
     num_heads: int = option(2, "Attention heads; divides hidden_size.", ge=1)
@@ -429,6 +434,28 @@ class EvalConfig:
     bootstrap_samples: int = option(10_000, "Resamples of the paired bootstrap.", ge=100)
 
 
+TRACKERS = ("tensorboard", "wandb", "mlflow")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrackingConfig:
+    """Where a run is shown besides its folder."""
+
+    # `with` on the command line and in files, which Python keeps for itself.
+    with_: str | None = option(
+        "tensorboard",
+        "Joined by commas: tensorboard (files in the run folder), wandb (Weights & Biases; "
+        "pip install 'cotrain[wandb]'), mlflow (pip install 'cotrain[mlflow]'); none: nothing.",
+    )
+
+    @property
+    def names(self) -> list[str]:
+        """Each tracker once."""
+        return list(
+            dict.fromkeys(name.strip() for name in (self.with_ or "").split(",") if name.strip())
+        )
+
+
 @dataclasses.dataclass(frozen=True)
 class Config:
     """One run, whole."""
@@ -441,6 +468,7 @@ class Config:
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
     tuning: TuningConfig = dataclasses.field(default_factory=TuningConfig)
     eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
+    tracking: TrackingConfig = dataclasses.field(default_factory=TrackingConfig)
     output_dir: str | None = option(
         None, "Folder of the run, without another run in it; none: runs/DATA-DATE-TIME."
     )

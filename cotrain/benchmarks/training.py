@@ -17,8 +17,8 @@ from cotrain.distill.state import CotrainState, new_state
 from cotrain.distill.step import cotrain_step
 from cotrain.runtime.seeding import seed_everything
 from cotrain.student.losses import make_loss
+from cotrain.student.protocol import Student
 from cotrain.student.retrieval import retrieve
-from cotrain.student.sasrec import SASRec
 
 
 def run_config(job: dict[str, Any]) -> Config:
@@ -84,7 +84,7 @@ class Training:
         self.loader = make_loader(dataset, self.sampler)
 
     @property
-    def model(self) -> SASRec:
+    def model(self) -> Student:
         return self.state.student.bare
 
     def epoch(self, max_steps: int | None = None, show: str | None = None) -> EpochReport:

@@ -21,8 +21,8 @@ from cotrain.errors import DataError
 from cotrain.evaluation.compare import Lift, paired_bootstrap
 from cotrain.evaluation.metrics import per_user_metric
 from cotrain.runtime.tracking import gather
+from cotrain.student.protocol import Student
 from cotrain.student.retrieval import retrieve
-from cotrain.student.sasrec import SASRec
 from cotrain.teacher.ranker import RankLLM
 
 METRIC = "ndcg@10"
@@ -114,7 +114,7 @@ class Audit:
 
 @torch.no_grad()
 def audit_rows(
-    model: SASRec, data: InteractionData, num_candidates: int, count: int, seed: int
+    model: Student, data: InteractionData, num_candidates: int, count: int, seed: int
 ) -> AuditRows:
     """Rows to ask on: users in a drawn order until enough have what they took among the candidates.
 

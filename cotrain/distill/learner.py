@@ -4,7 +4,7 @@ import contextlib
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -16,7 +16,7 @@ from cotrain.rationale.head import RationaleHead
 from cotrain.runtime import zero
 from cotrain.runtime.processes import make_accelerator
 from cotrain.student.optimizer import LazyAdamW, clip_grad_norm
-from cotrain.student.sasrec import SASRec
+from cotrain.student.protocol import Student
 
 
 @dataclass
@@ -39,7 +39,7 @@ class Learner:
 
     name: str
     model: Any
-    bare: SASRec
+    bare: Student
     optimizer: Any
     accelerator: Accelerator
     config: Config
@@ -135,13 +135,13 @@ class Learner:
     def refresh(self) -> None:
         """Bring `bare` to where the model is; a collective."""
         if self.sharded:
-            zero.copy_weights(self.model, self.bare)
+            zero.copy_weights(self.model, cast("nn.Module", self.bare))
 
     def load_weights(self, weights: dict[str, Tensor]) -> None:
         """Set the weights to train on from; a collective."""
         self.bare.load_state_dict(weights)
         if self.sharded:
-            zero.load_weights(self.model, self.bare)
+            zero.load_weights(self.model, cast("nn.Module", self.bare))
 
     def consider(self, metric: float, epoch: int) -> None:
         """Keep a copy of the weights if their validation metric is the best so far."""
@@ -161,7 +161,7 @@ class Learner:
 
 def make_learner(
     name: str,
-    model: SASRec,
+    model: Student,
     config: Config,
     accelerator: Accelerator,
     projector: Projector | None = None,
@@ -192,8 +192,7 @@ def make_learner(
         model = engine
     else:
         model, optimizer = accelerator.prepare(model, optimizer)
-        bare = accelerator.unwrap_model(model)
-        assert isinstance(bare, SASRec)
+        bare = cast("Student", accelerator.unwrap_model(model))
     beside = [module.to(accelerator.device) for module in (projector, head) if module is not None]
     beside_optimizer = None
     if beside:
@@ -239,5 +238,5 @@ def fork_control(student: Learner) -> Learner:
     return control
 
 
-def _copy_of(model: nn.Module) -> dict[str, Tensor]:
+def _copy_of(model: nn.Module | Student) -> dict[str, Tensor]:
     return {key: value.detach().cpu().clone() for key, value in model.state_dict().items()}

@@ -86,8 +86,23 @@ def finish(state: CotrainState, run: Run) -> dict[str, Any]:
     if accelerator.is_main_process:
         _export(state, shipped, found, run, report)
         _, page = write_report(report, run.log.rows(), folder)
+        run.log.finish(_tracked(report))
         accelerator.print(f"\n{result_table(report)}\n\nReport: {page}")
     return report
+
+
+def _tracked(report: dict[str, Any]) -> dict[str, float | str]:
+    """The row of a run among others, as trackers show it."""
+    row: dict[str, float | str] = {"shipped": report["shipped"], "seconds": report["seconds"]}
+    for split in ("test", "validation"):
+        for model in ("student", "control"):
+            for metric in ("ndcg@10", "recall@10") if report[model] else ():
+                row[f"{split}/{model}/{metric}"] = report[model][split][metric]
+    if report["lift"] is not None:
+        lift = report["lift"]["ndcg@10"]
+        row["lift/ndcg@10"], row["lift/p_value"] = lift["absolute"], lift["p_value"]
+        row["lift/low"], row["lift/high"] = lift["ci95"]
+    return row
 
 
 def _teacher(state: CotrainState, run: Run, meter: TeacherMeter) -> dict[str, Any] | None:

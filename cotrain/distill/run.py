@@ -28,6 +28,8 @@ from cotrain.rationale.store import RationaleStore
 from cotrain.runtime import checkpoint, tracking, zero
 from cotrain.runtime.processes import make_accelerator
 from cotrain.runtime.seeding import seed_everything
+from cotrain.runtime.trackers import require_packages
+from cotrain.student.architectures import student_class
 from cotrain.student.losses import make_loss
 from cotrain.teacher.backbone import load_backbone
 from cotrain.teacher.compiled import compile_layers, compiling_pays, uncompile_layers
@@ -117,8 +119,9 @@ def prepare(
         resume: Go on from the latest checkpoint.
         adapter: Of the teacher; none: the one of the settings.
     """
-    # The folder is set below, once the processes can talk; a tracker asks for one already here.
-    accelerator = make_accelerator(log_with="tensorboard", project_dir=".")
+    require_packages(config.tracking.names)
+    student_class(config.student.architecture)
+    accelerator = make_accelerator()
     if zero.stage(accelerator) and config.train.item_updates == "lazy":
         raise ConfigError(
             "train.item_updates is lazy, whose sparse gradients DeepSpeed cannot shard. Set "
@@ -141,7 +144,6 @@ def prepare(
         broadcast_object_list(chosen)
         config = chosen[0]
     folder = Path(str(config.output_dir))
-    accelerator.project_configuration.logging_dir = str(folder)
     tracking.use_all_cores(int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     seed_everything(config.seed)  # on every process alike, until the models are made
     say = accelerator.print
@@ -187,7 +189,10 @@ def prepare(
     elif accelerator.is_main_process:
         make_folder(folder, config, accelerator)
     accelerator.wait_for_everyone()
-    log = tracking.MetricsLog(folder, accelerator, log_bytes, state.step if resume else None)
+    log = tracking.MetricsLog(
+        folder, accelerator, log_bytes, state.step if resume else None, config.tracking.names,
+        configuration.flat(configuration.to_dict(config)),
+    )  # fmt: skip
     say_plan(config, data, state, teacher, folder, say)
     return state, Run(config, data, teacher, rationales, loss, accelerator, log, folder)
 
@@ -383,7 +388,7 @@ def say_plan(
     train = config.train
     parameters = sum(p.numel() for p in state.student.bare.parameters())
     start = f", items start from {config.student.item_text}" if config.student.item_text else ""
-    say(f"Student: SASRec, {parameters / 1e6:.2f} M parameters{start}")
+    say(f"Student: {type(state.student.bare).__name__}, {parameters / 1e6:.2f} M parameters{start}")
     plan = f"Plan: {train.epochs} epochs of {train.loss}, without a teacher"
     if teacher is not None:
         asked = teacher.query.rows_per_epoch * (train.epochs - train.warmup_epochs)

@@ -20,8 +20,8 @@ from cotrain.rationale.head import new_head
 from cotrain.rationale.store import MatchedRationales
 from cotrain.runtime import checkpoint, tracking, zero
 from cotrain.runtime.seeding import all_states, set_all_states
+from cotrain.student.architectures import new_student
 from cotrain.student.item_text import start_from_text
-from cotrain.student.sasrec import SASRec
 
 
 @dataclass
@@ -95,25 +95,16 @@ def new_state(
         item_text: (num_items, E) text embedding of each item to start from; None: random.
         rationales: Those of the training data, or None.
     """
-    settings = config.student
-    model = SASRec(
-        num_items,
-        hidden_size=settings.hidden_size,
-        num_layers=settings.num_layers,
-        num_heads=settings.num_heads,
-        max_length=settings.max_length,
-        dropout=settings.dropout,
-        sparse=config.train.item_updates == "lazy",
-    )
+    model = new_student(num_items, config.student, sparse=config.train.item_updates == "lazy")
     if item_text is not None:
         start_from_text(model, item_text)
     projector, head = None, None
     # On the side: whoever teaches, the student starts and drops out alike.
     with torch.random.fork_rng(devices=[]):
         if teacher_size is not None:
-            projector = Projector(teacher_size, settings.hidden_size)
+            projector = Projector(teacher_size, model.hidden_size)
         if rationales is not None:
-            head = new_head(rationales, settings.hidden_size, config.distill.rdr_targets)
+            head = new_head(rationales, model.hidden_size, config.distill.rdr_targets)
     return CotrainState(
         student=make_learner("student", model, config, accelerator, projector, head),
         control=None,

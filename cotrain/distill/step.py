@@ -26,8 +26,8 @@ from cotrain.distill.verdicts import Judged
 from cotrain.errors import CotrainError
 from cotrain.runtime.seeding import replayed, torch_state
 from cotrain.student.losses import TrainingLoss
+from cotrain.student.protocol import StudentOutput
 from cotrain.student.retrieval import Candidates, retrieve
-from cotrain.student.sasrec import StudentOutput
 from cotrain.teacher.verdict import entropy
 
 

@@ -15,6 +15,7 @@ from cotrain.export import onnx
 from cotrain.export.latency import latency_text, measure_latency
 from cotrain.files import check_new
 from cotrain.rationale.answers import FinishedRun
+from cotrain.student.sasrec import SASRec
 
 FACTS, GRAPH, GRAPH_INT8 = "export.json", "model.onnx", "model.int8.onnx"
 # Test histories that a graph is compared with PyTorch on.
@@ -60,6 +61,11 @@ def export(
         onnx.require_packages()
     check_new(output, "--output")
     run = FinishedRun.open(run_folder)
+    if form == "onnx" and not isinstance(run.recommender.model, SASRec):
+        raise ConfigError(
+            f"--format onnx has a graph for SASRec and the student of {run_folder} is a "
+            f"{type(run.recommender.model).__name__}; use --format pretrained."
+        )
     facts = card_facts(run.report)
     folder = output.with_name(f".{output.name}.{os.getpid()}.partial")
     folder.mkdir()
@@ -104,6 +110,7 @@ def _graphs(
 ) -> dict[str, Any]:
     """Writes the graphs and says what they are worth."""
     data, model = run.data, run.recommender.model
+    assert isinstance(model, SASRec)  # checked before
     users = data.evaluated_users("test")
     users = users[:: max(1, len(users) // _COMPARED)][:_COMPARED]
     histories = [data.history_before(user, "test") for user in users]

@@ -96,8 +96,10 @@ def open_student(settings: ExamplesConfig, data: InteractionData) -> Recommender
             )
         return None
     folder = Path(settings.student).expanduser()
-    inner = folder / "student"
-    student = Recommender.from_pretrained(inner if inner.is_dir() else settings.student)
+    if (folder / "student").is_dir():
+        student = Recommender.of_run(folder)
+    else:
+        student = Recommender.from_pretrained(settings.student)
     if student.catalog.item_ids != data.catalog.item_ids:
         raise DataError(
             f"The student {settings.student} knows {len(student.catalog) - 1:,} items, which are "

@@ -212,12 +212,11 @@ def run(
 
 def prepare(method: str, config: FinetuneConfig) -> Context:
     """Everything before the first step; errors as for `run`."""
-    accelerator = make_accelerator(log_with="tensorboard", project_dir=".")
+    accelerator = make_accelerator()
     folder = Path(config.output or f"teachers/{Path(config.data.name).name}-{method}")
     config = replace(config, output=str(folder))
     goes_on = open_folder(folder, config, method)
     accelerator.wait_for_everyone()  # all have looked before one writes
-    accelerator.project_configuration.logging_dir = str(folder)
     tracking.use_all_cores(int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     say = accelerator.print
     with accelerator.main_process_first():

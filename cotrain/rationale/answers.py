@@ -52,7 +52,7 @@ class FinishedRun:
                 f"The run {folder} has no student yet. Let it finish: accelerate launch "
                 f"scripts/train_online.py --resume {folder}"
             )
-        return cls(folder, Recommender.from_pretrained(student))
+        return cls(folder, Recommender.of_run(folder))
 
     @cached_property
     def data(self) -> InteractionData:

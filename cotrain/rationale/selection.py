@@ -138,7 +138,7 @@ def _states(
 ) -> Iterator[tuple[np.ndarray, Tensor]]:
     """Places of training interactions and the (m, D) state of their user before each."""
     model = student.model.eval()
-    length = model.settings["max_length"]
+    length = model.max_length
     unique = np.unique(users)
     device = model.item_vectors.device
     bar = tqdm(total=len(unique), desc="asking the student", unit="user", disable=not progress)

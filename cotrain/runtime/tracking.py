@@ -1,10 +1,11 @@
-"""What a run says while it runs: metrics.jsonl, TensorBoard, and one live line."""
+"""What a run says while it runs: metrics.jsonl, trackers, and one live line."""
 
 import json
 import os
 import platform
 import subprocess
 import sys
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -15,20 +16,24 @@ from accelerate.utils import gather_object
 from tqdm import tqdm
 
 from cotrain.errors import CheckpointError
+from cotrain.runtime.trackers import PROJECT, Tracker
 
 
 class MetricsLog:
-    """metrics.jsonl and TensorBoard, written by the main process only.
+    """metrics.jsonl and the trackers, written by the main process only.
 
     Args:
         folder: Run folder.
-        accelerator: Knows the main process and holds the TensorBoard tracker.
+        accelerator: Knows the main process and holds the trackers.
         resume_bytes: Length of metrics.jsonl at the checkpoint; what came after is cut off,
             because it will be written again.
         resume_step: Step of that checkpoint.
+        trackers: Names of `cotrain.runtime.trackers`.
+        settings: Hyper-parameters by dotted name.
 
     Raises:
         CheckpointError: metrics.jsonl lost what the checkpoint relies on.
+        ConfigError: A tracker cannot be started.
     """
 
     def __init__(
@@ -37,6 +42,8 @@ class MetricsLog:
         accelerator: Accelerator,
         resume_bytes: int = 0,
         resume_step: int | None = None,
+        trackers: Sequence[str] = ("tensorboard",),
+        settings: dict[str, Any] | None = None,
     ):
         self.path = folder / "metrics.jsonl"
         self._accelerator = accelerator
@@ -48,12 +55,16 @@ class MetricsLog:
                     f"{resume_bytes}. Bring the file back, or start anew with another output_dir."
                 )
             os.truncate(self.path, resume_bytes)
-        # TensorBoard drops this step and what follows; the checkpoint's own step was kept.
-        purge = {} if resume_step is None else {"tensorboard": {"purge_step": resume_step + 1}}
-        accelerator.init_trackers("tensorboard", init_kwargs=purge)
+        own: list[Any] = [Tracker(name, folder, resume_step) for name in trackers]
+        accelerator.log_with = own
+        plain = {
+            name: value if isinstance(value, bool | int | float | str) else str(value).lower()
+            for name, value in (settings or {}).items()
+        }
+        accelerator.init_trackers(PROJECT, plain)
 
     def write(self, row: dict[str, Any]) -> None:
-        """One row; `kind` and `step` are required, numbers go to TensorBoard as well."""
+        """One row; `kind` and `step` are required, numbers go to the trackers as well."""
         if not self._accelerator.is_main_process:
             return
         with self.path.open("a", encoding="utf-8") as file:
@@ -70,6 +81,12 @@ class MetricsLog:
         """Nothing more is written; the processes go on, which `end_training` would part."""
         for tracker in self._accelerator.trackers:
             tracker.finish()
+
+    def finish(self, results: dict[str, float | str]) -> None:
+        """What the run ends with, which trackers show in one row with its settings."""
+        for tracker in self._accelerator.trackers:  # none, but on the main process
+            assert isinstance(tracker, Tracker)
+            tracker.store_results(results)
 
     @property
     def num_bytes(self) -> int:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from cotrain.errors import DataError
-from cotrain.student.sasrec import SASRec
+from cotrain.student.protocol import Student
 
 # Three times the spread of random embeddings: what text says then outlives the first epochs of
 # updates. On Amazon Beauty's validation set 2 % better than starting as small as noise does.
@@ -14,7 +14,7 @@ _CHUNK = 2**17
 
 
 @torch.no_grad()
-def start_from_text(model: SASRec, text_vectors: Tensor) -> None:
+def start_from_text(model: Student, text_vectors: Tensor) -> None:
     """Replace the random item embeddings by principal components of text embeddings.
 
     The components are centred, and scaled together, not one by one, to a standard deviation of

@@ -9,16 +9,19 @@ import json
 import types
 import typing
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.constants import CONFIG_NAME, REPOCARD_NAME, SAFETENSORS_SINGLE_FILE
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_model
+from torch import nn
 
 from cotrain.data import catalog
 from cotrain.errors import AssetError, ConfigError, some_of
+from cotrain.student.architectures import class_name
+from cotrain.student.protocol import Student
 from cotrain.student.sasrec import SASRec
 
 # In config.json beside the model's own arguments: which class they are of.
@@ -86,53 +89,88 @@ def _download(name: str, revision: str | None, download: dict[str, Any]) -> Path
     return Path(folder)
 
 
-def write_model(model: SASRec, folder: Path) -> None:
+def write_model(model: Student, folder: Path) -> None:
     """Writes `model.safetensors`, then `config.json`, without which nobody reads a half-written
     folder."""
-    save_model(model, str(folder / SAFETENSORS_SINGLE_FILE))
-    config = {ARCHITECTURE: type(model).__name__, **model.settings}
+    save_model(cast("nn.Module", model), str(folder / SAFETENSORS_SINGLE_FILE))
+    config = {ARCHITECTURE: class_name(type(model)), **model.settings}
     (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def read_config(folder: Path) -> dict[str, Any]:
+def saved_architecture(folder: Path) -> Any:
+    """What class the saved model is of, in the words of its file.
+
+    Raises:
+        AssetError: The file is no JSON object.
+    """
+    return _read_json(folder / CONFIG_NAME).get(ARCHITECTURE, SASRec.__name__)
+
+
+def read_config(folder: Path, kind: type[Any] = SASRec) -> dict[str, Any]:
     """The arguments that the saved model is built with.
 
     An argument that the file lacks has its default: files of older versions stay readable.
+
+    Args:
+        folder: What `write_model` wrote into.
+        kind: The class that it should be of.
 
     Raises:
         AssetError: No JSON object, another architecture, unknown names or impossible values.
     """
     path = folder / CONFIG_NAME
+    config = _read_json(path)
+    saved = str(config.pop(ARCHITECTURE, SASRec.__name__))
+    # Of a class of the user's own the module may have moved.
+    if saved.rpartition(":")[2] != kind.__qualname__:
+        raise AssetError(
+            f"{path} is of the architecture {saved!r}, not {kind.__qualname__!r}. A saved folder "
+            "holds no code, and no code is run on its word: import the class yourself and give it "
+            "as `architecture`, or name another folder."
+        )
+    problems = _problems(config) if kind is SASRec else _wrong_names(config, kind)
+    if problems:
+        raise AssetError(f"{path} describes no {saved}: {'; '.join(problems)}. {_REMEDY}")
+    return config
+
+
+def _read_json(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise AssetError(f"{path} cannot be read as JSON: {error}. {_REMEDY}") from error
     if not isinstance(config, dict):
         raise AssetError(f"{path} holds {type(config).__name__}; expected an object. {_REMEDY}")
-    architecture = config.pop(ARCHITECTURE, SASRec.__name__)
-    if architecture != SASRec.__name__:
-        raise AssetError(
-            f"{path} is of the architecture {architecture!r}; this version of cotrain reads "
-            f"{SASRec.__name__!r}."
-        )
-    problems = _problems(config)
-    if problems:
-        raise AssetError(f"{path} describes no {architecture}: {'; '.join(problems)}. {_REMEDY}")
     return config
 
 
-def _problems(config: dict[str, Any]) -> list[str]:
-    parameters = dict(inspect.signature(SASRec.__init__).parameters)
+def _parameters(kind: type[Any]) -> dict[str, inspect.Parameter]:
+    parameters = dict(inspect.signature(kind.__init__).parameters)
     del parameters["self"]
-    problems = []
+    return parameters
+
+
+def _wrong_names(config: dict[str, Any], kind: type[Any]) -> list[str]:
+    """Arguments that a class does not take, or misses."""
+    parameters = _parameters(kind)
     unknown = sorted(config.keys() - parameters.keys())
+    missing = [
+        name
+        for name, parameter in parameters.items()
+        if name not in config and (parameter.default is parameter.empty or name == "num_items")
+    ]
+    problems = [f"{name} is missing" for name in missing]
     if unknown:
-        problems.append(f"unknown keys {some_of(unknown)}, expected of {', '.join(parameters)}")
-    for name, parameter in parameters.items():
+        problems.insert(0, f"unknown keys {some_of(unknown)}, expected of {', '.join(parameters)}")
+    return problems
+
+
+def _problems(config: dict[str, Any]) -> list[str]:
+    problems = _wrong_names(config, SASRec)
+    for name, parameter in _parameters(SASRec).items():
         if name not in config:
-            if parameter.default is parameter.empty:
-                problems.append(f"{name} is missing")
-        elif not _fits(config[name], parameter.annotation):
+            continue
+        if not _fits(config[name], parameter.annotation):
             kind = getattr(parameter.annotation, "__name__", parameter.annotation)
             problems.append(f"{name} is {config[name]!r}, expected {kind}")
         elif parameter.annotation is int and config[name] < 1:
@@ -155,13 +193,16 @@ def _fits(value: Any, annotation: Any) -> bool:
     return type(value) is annotation or (annotation is float and type(value) is int)
 
 
-def read_model(folder: Path, config: dict[str, Any], device: str | torch.device) -> SASRec:
+def read_model(
+    folder: Path, config: dict[str, Any], device: str | torch.device, kind: type[Any] = SASRec
+) -> Student:
     """The saved model in evaluation mode.
 
     Args:
         folder: What `write_model` wrote.
         config: Of `read_config`.
         device: Where the weights go.
+        kind: The class that it is of.
 
     Raises:
         AssetError: The weights are unreadable, of other shapes than the config says, no floating
@@ -170,7 +211,7 @@ def read_model(folder: Path, config: dict[str, Any], device: str | torch.device)
     path = folder / SAFETENSORS_SINGLE_FILE
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
-            model = _empty_model(config, file, path, device)
+            model = _empty_model(kind, config, file, path, device)
             with torch.no_grad():
                 for name, place in model.state_dict().items():
                     # Copied: the file stays mapped, and may be written over while the model lives.
@@ -183,24 +224,31 @@ def read_model(folder: Path, config: dict[str, Any], device: str | torch.device)
     return model.eval()
 
 
-def _empty_model(config: dict[str, Any], file: Any, path: Path, device: Any) -> SASRec:
+def _empty_model(
+    kind: type[Any], config: dict[str, Any], file: Any, path: Path, device: Any
+) -> Any:
     """A model without values, of the shapes that config and file agree on."""
     saved = {name: file.get_slice(name) for name in sorted(file.keys())}
     # The config is not to make this machine build a billion blocks, or room for them.
-    if config.get("num_layers", 0) > len(saved):
+    layers = config.get("num_layers")
+    if isinstance(layers, int) and layers > len(saved):
         raise AssetError(
-            f"{path} holds {len(saved)} tensors, too few for num_layers {config['num_layers']} in "
+            f"{path} holds {len(saved)} tensors, too few for num_layers {layers} in "
             f"{CONFIG_NAME}. {_REMEDY}"
         )
     try:
         with torch.device("meta"):
-            model = SASRec(**config)
-    except (RuntimeError, TypeError, ValueError) as error:  # sizes beyond what PyTorch can count
+            model = kind(**config)
+    except Exception as error:  # sizes beyond what PyTorch can count, or what a user's class raises
         reason = str(error).partition("\n")[0]
         raise AssetError(f"{CONFIG_NAME} beside {path} cannot be built: {reason}") from error
     expected = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
-    # What is not saved would stay without values.
-    assert {name for name, _ in model.named_buffers()} <= expected.keys()
+    unsaved = sorted({name for name, _ in model.named_buffers()} - expected.keys())
+    if unsaved:
+        raise AssetError(
+            f"{kind.__qualname__} has buffers that are not saved and would stay without values: "
+            f"{some_of(unsaved)}. Register them with persistent=True."
+        )
     wrong = [
         f"{name} is {_shape(saved, name)}, expected {expected.get(name, 'absent')}"
         for name in sorted(saved.keys() | expected.keys())

@@ -18,6 +18,8 @@ from huggingface_hub.constants import REPOCARD_NAME
 from cotrain.data.catalog import Catalog
 from cotrain.errors import AssetError, DataError, some_of
 from cotrain.student import pretrained
+from cotrain.student.architectures import class_name, class_of_run
+from cotrain.student.protocol import Student
 from cotrain.student.retrieval import Candidates, retrieve
 from cotrain.student.sasrec import SASRec
 
@@ -62,7 +64,7 @@ class Recommender(ModelHubMixin, library_name="cotrain", tags=["sequential-recom
         # The mixin's own would write the whole catalogue into config.json.
         return object.__new__(cls)
 
-    def __init__(self, model: SASRec, catalog: Catalog, card: ModelCard | None = None):
+    def __init__(self, model: Student, catalog: Catalog, card: ModelCard | None = None):
         """Joins the two.
 
         Raises:
@@ -245,6 +247,7 @@ class Recommender(ModelHubMixin, library_name="cotrain", tags=["sequential-recom
         local_files_only: bool = False,
         revision: str | None = None,
         device: str | torch.device = "cpu",
+        architecture: type[Student] | None = None,
     ) -> "Recommender":
         """Reads what `save_pretrained` or `push_to_hub` wrote; a folder needs no network.
 
@@ -256,9 +259,12 @@ class Recommender(ModelHubMixin, library_name="cotrain", tags=["sequential-recom
             local_files_only: Hub names are looked up in the cache folder alone.
             revision: Branch, tag or commit on the hub; none: the latest.
             device: Where the model goes.
+            architecture: Class of a student of your own; none: SASRec. It is never taken from the
+                folder, which is not to decide what code is run.
 
         Raises:
-            AssetError: Not to be found, pickled, damaged, or not what its config says.
+            AssetError: Not to be found, of another class, pickled, damaged, or not what its config
+                says.
             DataError: The catalogue is damaged, or of other items than the model.
             ConfigError: A revision of a local folder.
         """
@@ -270,11 +276,24 @@ class Recommender(ModelHubMixin, library_name="cotrain", tags=["sequential-recom
             cache_dir=cache_dir,
             local_files_only=local_files_only,
         )
-        config = pretrained.read_config(folder)
+        kind = SASRec if architecture is None else architecture
+        config = pretrained.read_config(folder, kind)
         catalog = Catalog.load(folder)
         # Before the weights are read, of which there may be gigabytes.
         _check_sizes(config["num_items"], catalog)
-        return cls(pretrained.read_model(folder, config, device), catalog, _read_card(folder))
+        return cls(pretrained.read_model(folder, config, device, kind), catalog, _read_card(folder))
+
+    @classmethod
+    def of_run(cls, folder: Path) -> "Recommender":
+        """What a finished run ships; a student of one's own is of the class that its settings name.
+
+        Raises:
+            AssetError, DataError: It is damaged.
+            ConfigError: The class cannot be had.
+        """
+        student = pretrained.find_folder(folder / "student")
+        own = pretrained.saved_architecture(student) != SASRec.__name__
+        return cls.from_pretrained(student, architecture=class_of_run(folder) if own else None)
 
     def _save_pretrained(self, save_directory: Path) -> None:
         self.catalog.save(save_directory)
@@ -289,10 +308,12 @@ class Recommender(ModelHubMixin, library_name="cotrain", tags=["sequential-recom
         """
         if self.card is not None and not facts:
             return self.card
+        name = class_name(type(self.model))
         return ModelCard.from_template(
             self._hub_mixin_info.model_card_data,
             template_path=str(Path(__file__).with_name("model_card.md.jinja")),
             architecture=type(self.model).__name__,
+            own_class=None if ":" not in name else name.split(":"),
             num_items=len(self.catalog) - 1,
             settings=self.model.settings,
             example_history=self.catalog.item_ids[1:3],

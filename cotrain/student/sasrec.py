@@ -7,7 +7,6 @@ positions (`cotrain.data.packing`).
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,31 +16,13 @@ from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
 from cotrain.data.batches import PADDING, SequenceBatch
-from cotrain.data.packing import PackedSequences, RowGroup, pack
+from cotrain.data.packing import PackedSequences, RowGroup
 from cotrain.errors import AssetError
 from cotrain.student.losses import TrainingLoss
+from cotrain.student.protocol import StudentOutput, last_states, training_output
 
 # Of embeddings and linear weights.
 INITIAL_STD = 0.02
-
-
-@dataclass
-class StudentOutput:
-    """What one training forward gives.
-
-    Attributes:
-        states: (N, D) state at every position.
-        user_state: (B, D) state at the batch's cut.
-        loss_sum: () the training loss summed over all positions.
-        n_targets: () int64, how many there are.
-        candidate_scores: (B, K) of the candidates that were given, by the state at the cut.
-    """
-
-    states: Tensor
-    user_state: Tensor
-    loss_sum: Tensor
-    n_targets: Tensor
-    candidate_scores: Tensor | None = None
 
 
 def dropout(values: Tensor, probability: float, training: bool) -> Tensor:
@@ -197,27 +178,11 @@ class SASRec(
         Returns:
             (B, D) on the model's device.
         """
-        sequences = pack([history[-self.max_length :] for history in histories])
-        sequences = sequences.to(self.item_vectors.device)
-        return self.encode(sequences)[sequences.last]
+        return last_states(self, histories)
 
     def forward(
         self, batch: SequenceBatch, loss: TrainingLoss, candidate_ids: Tensor | None = None
     ) -> StudentOutput:
         """States and training loss at every position of a training batch, and the scores of (B, K)
         candidates."""
-        states = self.encode(batch.sequences)
-        output = StudentOutput(
-            states=states,
-            user_state=states[batch.cut],
-            loss_sum=loss(states, self.item_embedding, batch.target_ids),
-            n_targets=torch.tensor(len(states), device=states.device),
-        )
-        if candidate_ids is not None:
-            # Computed again although retrieval did, because that keeps no graph.
-            with torch.autocast(states.device.type, enabled=False):
-                item_vectors = self.item_embedding(candidate_ids)  # (B, K, D)
-                output.candidate_scores = torch.einsum(
-                    "bd,bkd->bk", output.user_state.to(item_vectors.dtype), item_vectors
-                )
-        return output
+        return training_output(self, batch, loss, candidate_ids)

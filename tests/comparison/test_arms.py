@@ -14,7 +14,8 @@ STORE = ("--distill.rationales", "some/store")
 
 def value(config: Config, name: str):
     for part in name.split("."):
-        config = getattr(config, part)
+        # `with` is a word of Python, and so the field has another name.
+        config = getattr(config, part if hasattr(config, part) else f"{part}_")
     return config
 
 

@@ -22,7 +22,7 @@ from cotrain.runtime.tracking import (
 )
 
 
-def open_log(folder: Path, *resume: int) -> tuple[MetricsLog, Accelerator]:
+def open_log(folder: Path, *resume: Any) -> tuple[MetricsLog, Accelerator]:
     accelerator = Accelerator(log_with="tensorboard", project_dir=str(folder))
     return MetricsLog(folder, accelerator, *resume), accelerator
 
