@@ -187,7 +187,7 @@ def _part(html: str, name: str | None = None) -> gr.HTML:
 def make_app(inspector: Inspector, host: str) -> Guard:
     """The page as an ASGI application that answers nothing else."""
     blocks = build(inspector).queue(max_size=_WAITING)
-    theme = gr.themes.Base(
+    theme = gr.Theme(
         primary_hue="blue", neutral_hue="slate", radius_size="lg", font=_FONT, font_mono=_MONO
     )
     app = gr.mount_gradio_app(

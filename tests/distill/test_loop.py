@@ -27,6 +27,7 @@ from cotrain.distill.step import cotrain_step
 from cotrain.errors import CheckpointError
 from cotrain.student.item_text import TEXT_STD, principal_components
 from cotrain.student.retrieval import retrieve
+from cotrain.student.sasrec import SASRec
 from cotrain.teacher.ranker import RankLLM
 
 Prepare = Callable[..., tuple[CotrainState, Run]]
@@ -403,6 +404,7 @@ def test_the_blend_is_that_of_the_audit_in_the_students_scale(
     verdict, _ = teacher_of(run).ask(batch, found, state.epoch)
     if control:
         state.control = fork_control(state.student)
+        assert isinstance(state.control.bare, SASRec)
         with torch.no_grad():  # its scores are twice the student's
             state.control.bare.final_norm.weight.mul_(2)
     report = cotrain_step(state, batch, run.teacher, run.loss, run.config, run.accelerator)

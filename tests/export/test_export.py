@@ -21,6 +21,7 @@ from cotrain.export.run import export
 from cotrain.rationale.answers import FinishedRun
 from cotrain.student.padded import PaddedSASRec
 from cotrain.student.recommender import Recommender
+from cotrain.student.sasrec import SASRec
 
 SCRIPT = Path(__file__).parent.parent.parent / "scripts" / "export.py"
 
@@ -35,6 +36,13 @@ def exported(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 @pytest.fixture(scope="module")
 def run(finished_run: Path) -> FinishedRun:
     return FinishedRun.open(finished_run)
+
+
+@pytest.fixture(scope="module")
+def trained(run: FinishedRun) -> SASRec:
+    model = run.recommender.model
+    assert isinstance(model, SASRec)
+    return model
 
 
 @pytest.fixture(scope="module")
@@ -53,9 +61,9 @@ def test_the_folder(exported: Path, facts: dict[str, Any]):
     assert facts["onnx"]["sizes"]["int8_mb"] < facts["onnx"]["sizes"]["fp32_mb"]
 
 
-def test_any_batch_and_length_padded_anywhere(exported: Path, run: FinishedRun):
+def test_any_batch_and_length_padded_anywhere(exported: Path, run: FinishedRun, trained: SASRec):
     graph = module.session(exported / "model.onnx")
-    model = PaddedSASRec(run.recommender.model, 12).eval()
+    model = PaddedSASRec(trained, 12).eval()
     draw = np.random.default_rng(0)
     size = run.data.num_items
     for shape in ((1, 1), (3, 50), (7, 20), (2, 300)):
@@ -142,7 +150,7 @@ def test_a_graph_that_differs_is_not_exported(
     assert not [*tmp_path.iterdir()]
 
 
-def test_lists_that_are_not_the_best_are_noticed(run: FinishedRun, exported: Path):
+def test_lists_that_are_not_the_best_are_noticed(run: FinishedRun, trained: SASRec, exported: Path):
     graph = module.session(exported / "model.onnx")
 
     class Swapped:
@@ -151,10 +159,10 @@ def test_lists_that_are_not_the_best_are_noticed(run: FinishedRun, exported: Pat
             return [items[:, ::-1], *others]
 
     with pytest.raises(CotrainError, match="not the best of its own scores"):
-        module.check_parity(run.recommender.model, Swapped(), [run.data.history(0)])
+        module.check_parity(trained, Swapped(), [run.data.history(0)])
 
 
-def test_nan_is_a_difference(run: FinishedRun, exported: Path):
+def test_nan_is_a_difference(run: FinishedRun, trained: SASRec, exported: Path):
     graph = module.session(exported / "model.onnx")
 
     class Broken:
@@ -163,7 +171,7 @@ def test_nan_is_a_difference(run: FinishedRun, exported: Path):
             return [*others, states * np.nan]
 
     with pytest.raises(CotrainError, match="differs from PyTorch by inf"):
-        module.check_parity(run.recommender.model, Broken(), [run.data.history(0)])
+        module.check_parity(trained, Broken(), [run.data.history(0)])
 
 
 def test_without_the_packages_one_command_is_named(

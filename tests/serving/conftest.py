@@ -30,6 +30,7 @@ def add_control(folder: Path) -> None:
     student = Recommender.from_pretrained(folder / "student")
     torch.manual_seed(1)
     model = SASRec(**student.model.settings)
+    assert isinstance(student.model, SASRec)
     with torch.no_grad():  # alike, so that the lists overlap
         for name, weights in model.named_parameters():
             of_student = student.model.get_parameter(name)
