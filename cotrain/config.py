@@ -1,6 +1,6 @@
 """Settings from a YAML file and dotted command-line options (`--teacher.model NAME`), the command
 line winning, with every mistake reported at once. What can be set is in `cotrain.settings` and
-`cotrain.finetune_settings`.
+the three `cotrain.…_settings`.
 """
 
 import dataclasses
@@ -20,19 +20,17 @@ from cotrain.contradictions import contradictions
 from cotrain.errors import ConfigError
 from cotrain.finetune_settings import EvaluateConfig, FinetuneConfig
 from cotrain.rationale_settings import EncodeConfig, GenerateConfig, RationaleConfig
-from cotrain.settings import (
+from cotrain.run_settings import (
     Config,
-    DataConfig,
     DistillConfig,
     EvalConfig,
     QueryConfig,
     StudentConfig,
-    TeacherConfig,
     TrackingConfig,
     TrainConfig,
     TuningConfig,
-    option,
 )
+from cotrain.settings import DataConfig, TeacherConfig, option
 
 __all__ = [
     "Config", "DataConfig", "DistillConfig", "EncodeConfig", "EvalConfig", "EvaluateConfig",

@@ -5,7 +5,8 @@ from typing import Any
 
 from cotrain.finetune_settings import EvaluateConfig, FinetuneConfig
 from cotrain.rationale_settings import EncodeConfig, GenerateConfig
-from cotrain.settings import TRACKERS, DataConfig, TeacherConfig
+from cotrain.run_settings import TRACKERS
+from cotrain.settings import DataConfig, TeacherConfig
 
 
 def contradictions(config: Any) -> list[str]:

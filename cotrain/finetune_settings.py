@@ -1,5 +1,5 @@
-"""Every setting of the teacher's own training and of its evaluation, as `cotrain.settings` has
-those of a run."""
+"""Every setting of the teacher's own training and of its evaluation, as
+`cotrain.run_settings` has those of a run."""
 
 import dataclasses
 from typing import Literal

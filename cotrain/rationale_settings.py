@@ -1,5 +1,5 @@
-"""Every setting of the writing and the encoding of rationales, as `cotrain.settings` has those of a
-run."""
+"""Every setting of the writing and the encoding of rationales, as `cotrain.run_settings` has those
+of a run."""
 
 import dataclasses
 from typing import Literal

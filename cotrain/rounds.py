@@ -20,7 +20,7 @@ import torch
 
 from cotrain.config import Config, FinetuneConfig
 from cotrain.distill import run as online
-from cotrain.distill.loop import Interrupted, Run, fit, meet_teacher
+from cotrain.distill.loop import Interrupted, Run, fit, kept_out, meet_teacher
 from cotrain.distill.outcome import finish
 from cotrain.distill.state import CotrainState, save_checkpoint
 from cotrain.errors import CheckpointError, ConfigError, CotrainError
@@ -78,7 +78,8 @@ def play_round(config: Config, resume: bool) -> tuple[dict[str, Any] | None, Con
         state.rounds = ended
         if failure is None:
             meet_teacher(state, this_run)
-            failure = refusal(state, config)
+            if kept_out(state, config):
+                failure = "The audit finds nothing left that the trained teacher could teach"
         if failure is not None:
             state.rounds[-1]["ended"] = failure
             return conclude(state, this_run), config
@@ -195,13 +196,6 @@ def tuning_settings(config: Config, number: int) -> FinetuneConfig:
         output=str(folder / "teacher"),
         seed=config.seed,
     )  # fmt: skip
-
-
-def refusal(state: CotrainState, config: Config) -> str | None:
-    """Why the teacher that has just been audited may not teach; None: it may."""
-    if config.distill.audit != "stop" or not state.audits or state.audits[-1]["teaches"]:
-        return None
-    return "The audit finds nothing left that the trained teacher could teach"
 
 
 # ---- what is told of a round --------------------------------------------------------------------

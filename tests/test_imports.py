@@ -13,14 +13,16 @@ BELOW = {
     "cotrain.errors": set(),
     "cotrain.files": {"cotrain.errors"},
     "cotrain.settings": set(),
+    "cotrain.run_settings": {"cotrain.settings"},
     "cotrain.finetune_settings": {"cotrain.settings"},
     "cotrain.rationale_settings": {"cotrain.settings"},
     "cotrain.contradictions": {
-        "cotrain.settings", "cotrain.finetune_settings", "cotrain.rationale_settings",
+        "cotrain.settings", "cotrain.run_settings", "cotrain.finetune_settings",
+        "cotrain.rationale_settings",
     },
     "cotrain.config": {
         "cotrain.errors", "cotrain.settings", "cotrain.finetune_settings", "cotrain.contradictions",
-        "cotrain.rationale_settings",
+        "cotrain.run_settings", "cotrain.rationale_settings",
     },
     "cotrain.asset_builders": {"cotrain.errors"},
     "cotrain.assets": {"cotrain.errors", "cotrain.files", "cotrain.asset_builders"},

@@ -40,18 +40,18 @@ def ask_ahead(
         accelerator: Device and processes.
     """
     asking = users[teacher.query.choose(torch.from_numpy(users), epoch).numpy()]
-    state.student.refresh()
-    state.student.bare.eval()
     parts: list[tuple[Tensor, Judged]] = []
-    starts = range(0, len(asking), _BATCH)
-    shown = accelerator.is_main_process
-    for start in tqdm(starts, desc=f"asking for epoch {epoch + 1}", disable=not shown, leave=False):
-        group = asking[start : start + _BATCH]
-        own = group[accelerator.process_index :: accelerator.num_processes].tolist()
-        # A process without a row has to keep up with the others.
-        keys = [(user, epoch) for user in own] or [(int(group[0]), epoch, True)]
-        rows = collate([dataset[key] for key in keys])
-        judged = ask(state, rows, teacher, epoch, config, accelerator)
-        parts += gather((rows.user_index, judged))
-    state.student.bare.train()
+    bar = tqdm(
+        range(0, len(asking), _BATCH), desc=f"asking for epoch {epoch + 1}",
+        disable=not accelerator.is_main_process, leave=False,
+    )  # fmt: skip
+    with state.student.without_dropout():
+        for start in bar:
+            group = asking[start : start + _BATCH]
+            own = group[accelerator.process_index :: accelerator.num_processes].tolist()
+            # A process without a row has to keep up with the others.
+            keys = [(user, epoch) for user in own] or [(int(group[0]), epoch, True)]
+            rows = collate([dataset[key] for key in keys])
+            judged = ask(state, rows, teacher, epoch, config, accelerator)
+            parts += gather((rows.user_index, judged))
     state.kept = state.kept.and_of(parts, epoch)

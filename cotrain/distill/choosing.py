@@ -57,15 +57,14 @@ def _look(
     num_candidates: int, accelerator: Accelerator,
 ) -> Tensor:  # fmt: skip
     """(n, …) what a policy goes by, of each user, on the CPU."""
-    student.refresh()
-    student.bare.eval()
     groups = [users[start : start + _BATCH] for start in range(0, len(users), _BATCH)]
     own = []
-    for group in groups[accelerator.process_index :: accelerator.num_processes]:
-        rows = collate([dataset[user, epoch] for user in group.tolist()]).to(accelerator.device)
-        states = states_at_cut(student, rows, accelerator)
-        own.append(_values(states, student, policy, rows, num_candidates).cpu())
-    student.bare.train()
+    with student.without_dropout():
+        for group in groups[accelerator.process_index :: accelerator.num_processes]:
+            rows = collate([dataset[user, epoch] for user in group.tolist()])
+            rows = rows.to(accelerator.device)
+            states = states_at_cut(student, rows, accelerator)
+            own.append(_values(states, student, policy, rows, num_candidates).cpu())
     # One group of each process in turn, as they were dealt.
     rounds = itertools.zip_longest(*gather(own))
     return torch.cat([values for dealt in rounds for values in dealt if values is not None])

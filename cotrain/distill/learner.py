@@ -137,6 +137,14 @@ class Learner:
         if self.sharded:
             zero.copy_weights(self.model, cast("nn.Module", self.bare))
 
+    @contextlib.contextmanager
+    def without_dropout(self) -> Iterator[None]:
+        """`bare` as the model is now, without dropout, for a look between steps; a collective."""
+        self.refresh()
+        self.bare.eval()
+        yield
+        self.bare.train()
+
     def load_weights(self, weights: dict[str, Tensor]) -> None:
         """Set the weights to train on from; a collective."""
         self.bare.load_state_dict(weights)

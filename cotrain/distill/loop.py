@@ -138,7 +138,7 @@ def start_distilling(state: CotrainState, run: Run) -> None:
         # Student and control choose their best epoch from the same ones, those after the fork.
         learner.best_metric = -1.0
     meet_teacher(state, run)
-    if run.config.distill.audit == "stop" and state.audits and not state.audits[-1]["teaches"]:
+    if kept_out(state, run.config):
         raise TeacherError(
             f"This teacher has nothing to teach that {state.audits[-1]['rows']} validation rows "
             "show (above), and distill.audit is stop. Train it (scripts/train_teacher.py), take "
@@ -149,6 +149,11 @@ def start_distilling(state: CotrainState, run: Run) -> None:
         # Of this audit and no later one: here the student is what the blend is made with.
         state.blend_beta = state.audits[-1]["beta"]
         tell(f"distill.blend_beta auto: {state.blend_beta:g}", run.accelerator)
+
+
+def kept_out(state: CotrainState, config: Config) -> bool:
+    """Whether `distill.audit stop` keeps the teacher out that has just been audited."""
+    return config.distill.audit == "stop" and bool(state.audits) and not state.audits[-1]["teaches"]
 
 
 def meet_teacher(state: CotrainState, run: Run) -> None:
@@ -164,10 +169,8 @@ def meet_teacher(state: CotrainState, run: Run) -> None:
         # items it leaves three times as much.
         draw = np.random.default_rng((run.config.seed, 5)).permutation(dataset.users)[:count]
         rows = collate([dataset[user, state.epoch] for user in draw.tolist()])
-        state.student.refresh()
-        state.student.bare.eval()
-        candidates = propose(state.student, rows, teacher.num_candidates, run.accelerator)
-        state.student.bare.train()
+        with state.student.without_dropout():
+            candidates = propose(state.student, rows, teacher.num_candidates, run.accelerator)
         shown = "calibrating the teacher" if run.accelerator.is_main_process else None
         state.meter.observe_calibration(teacher.calibrate(rows, candidates, shown))
         state.identifier_bias = teacher.ranker.identifier_bias
