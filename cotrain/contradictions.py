@@ -26,7 +26,7 @@ def contradictions(config: Any) -> list[str]:
         )
     train = config.train
     if config.distills and train.warmup_epochs >= train.epochs:
-        taught = "the teacher" if config.teacher.model is not None else "distill.rationales"
+        taught = "the teacher" if config.has_teacher else "distill.rationales"
         problems.append(
             f"train.warmup_epochs {config.train.warmup_epochs} leaves no epoch of train.epochs "
             f"{config.train.epochs} to {taught}; lower the first or raise the second."
@@ -42,15 +42,21 @@ def contradictions(config: Any) -> list[str]:
             "distill.audit warn, or a number for distill.lambda_rank."
         )
     fits = config.distill.target == "blend" and config.distill.blend_beta == "auto"
-    if fits and config.teacher.model is not None and config.distill.audit == "off":
+    if fits and config.has_teacher and config.distill.audit == "off":
         problems.append(
             "distill.target is blend and distill.blend_beta auto, but distill.audit is off, which "
             "fits it; set distill.audit warn, or a number for distill.blend_beta."
         )
-    if config.student.item_text == "teacher" and config.teacher.model is None:
+    nearness = config.distill.ranker == "nearness"
+    if config.student.item_text == "teacher" and (nearness or config.teacher.model is None):
+        lacks = "distill.ranker is nearness" if nearness else "teacher.model is none"
         problems.append(
-            "student.item_text is teacher, but teacher.model is none; name a sentence encoder, or "
-            "a teacher."
+            f"student.item_text is teacher, but {lacks}; name a sentence encoder, or a teacher."
+        )
+    if nearness and train.rounds > 1:
+        problems.append(
+            f"train.rounds {train.rounds} trains the teacher between rounds, which distill.ranker "
+            "nearness cannot be; set train.rounds 1, or distill.ranker llm."
         )
     if train.item_updates == "lazy" and train.loss in ("ce", "chunked_ce"):
         problems.append(

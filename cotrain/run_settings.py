@@ -31,6 +31,12 @@ class StudentConfig:
 class DistillConfig:
     """How the teacher's verdict enters the student's loss."""
 
+    ranker: Literal["llm", "nearness"] = option(
+        "llm",
+        "Who ranks. llm: teacher.model. nearness: the yardstick that a language model has to beat, "
+        "how near a candidate's text is to those of the teacher.history_length items last taken, "
+        "by teacher.grounding_encoder; teacher.model is not read.",
+    )
     lambda_rank: float | Literal["auto"] = option(
         0.1,
         "Weight of the ranking loss (ListNet). auto: 2.5 times the relative gain in NDCG@10 of the "
@@ -48,12 +54,11 @@ class DistillConfig:
         "teacher",
         "What the ranking loss teaches. teacher: the teacher's own distribution Q over the "
         "candidates. blend: the control's scores of them with what the teacher adds, "
-        "softmax((s + β · spread(s) · t) / τ_s), t the log of Q in units of its spread within a "
-        "row; without a control, the student's own scores.",
+        "softmax((s + β · log Q) / τ_s); without a control, the student's own scores.",
     )
     blend_beta: float | Literal["auto"] = option(
         "auto",
-        "blend: β, spreads of the scores that a spread of the teacher's is worth. auto: what the "
+        "blend: β, scores that a nat of the teacher's log-probabilities is worth. auto: what the "
         "audit fits before the teacher teaches.",
         ge=0,
     )
@@ -273,4 +278,9 @@ class Config:
     @property
     def distills(self) -> bool:
         """Whether, after the warm-up, something else than the data teaches the student."""
-        return self.teacher.model is not None or self.distill.rationales is not None
+        return self.has_teacher or self.distill.rationales is not None
+
+    @property
+    def has_teacher(self) -> bool:
+        """Whether somebody ranks the student's candidates."""
+        return self.distill.ranker == "nearness" or self.teacher.model is not None

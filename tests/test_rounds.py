@@ -261,7 +261,8 @@ def test_a_trained_teacher_that_the_audit_refuses_does_not_teach(
 
 
 AUDIT = {
-    "epoch": 0, "rows": 8, "student": 0.4, "teacher": 0.2, "blend": 0.4, "beta": 0.1,
+    "epoch": 0, "rows": 8, "student": 0.4, "teacher": 0.2, "blend": 0.4,
+    "popularity": 0.3, "chance": 0.23, "beta": 0.1,
     "teacher_lift": {"absolute": -0.2, "relative": -0.5, "ci95": [-0.3, -0.1], "p_value": 0.01},
     "blend_lift": {"absolute": 0.0, "relative": 0.0, "ci95": [-0.1, 0.1], "p_value": 1.0},
 }  # fmt: skip

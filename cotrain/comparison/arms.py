@@ -32,8 +32,9 @@ class Arm:
 
     @property
     def asks(self) -> bool:
-        """Whether a live teacher takes part."""
-        return self.settings.get("teacher.model", "") is not None
+        """Whether a live teacher takes part, of those that the recipe has to name."""
+        by_text = self.settings.get("distill.ranker") == "nearness"
+        return not by_text and self.settings.get("teacher.model", "") is not None
 
     @property
     def reads(self) -> bool:
@@ -41,7 +42,7 @@ class Arm:
         return self.settings.get("distill.rationales", "") is not None
 
 
-_NO_TEACHER: dict[str, Any] = {"teacher.model": None}
+_NO_TEACHER: dict[str, Any] = {"teacher.model": None, "distill.ranker": "llm"}
 _NO_RATIONALES: dict[str, Any] = {"distill.rationales": None, "distill.lambda_rdr": 0.0}
 _RANK, _EMB, _RDR = "distill.lambda_rank", "distill.lambda_emb", "distill.lambda_rdr"
 _TARGET, _WHEN = "distill.target", "query.when"
@@ -75,6 +76,13 @@ ARMS = {
     "offline": Arm(
         "ranking, but all rows are asked once, on what the student proposes after its warm-up",
         _NO_RATIONALES | {_EMB: 0.0, _TARGET: "blend", _WHEN: "offline"},
+        (_RANK,),
+        variant=True,
+    ),
+    "nearness": Arm(
+        "ranking, by a sentence encoder in the language model's place: what a language model has "
+        "to beat",
+        _NO_RATIONALES | {_EMB: 0.0, _TARGET: "blend", _WHEN: "live", "distill.ranker": "nearness"},
         (_RANK,),
         variant=True,
     ),
@@ -289,7 +297,7 @@ def _settings(arm: Arm, base: Config) -> dict[str, Any]:
 def _missing(arm: Arm, base: Config) -> list[str]:
     """What the settings lack for an arm."""
     problems = []
-    if arm.asks and base.teacher.model is None:
+    if arm.asks and not base.has_teacher:
         problems.append("it asks a live teacher, but teacher.model is none; name one.")
     if arm.reads and base.distill.rationales is None:
         problems.append(

@@ -5,7 +5,6 @@ the student does not. What tells is the blend, student score + β · log-probabi
 where no β beats the student's own order on rows it was not fitted on, there is nothing to absorb.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,18 +15,19 @@ from torch import Tensor
 
 from cotrain.data.batches import left_pad
 from cotrain.data.interactions import InteractionData
-from cotrain.distill.targets import in_spreads, logprobs
+from cotrain.distill.querying import Ranker
+from cotrain.distill.targets import logprobs, mean_spread
 from cotrain.errors import DataError
 from cotrain.evaluation.compare import Lift, paired_bootstrap
 from cotrain.evaluation.metrics import per_user_metric
 from cotrain.runtime.tracking import gather
 from cotrain.student.protocol import Student
 from cotrain.student.retrieval import retrieve
-from cotrain.teacher.ranker import RankLLM
 
 METRIC = "ndcg@10"
-# In units of the student's spread within a row, so that they mean the same to every student.
-BETAS = (0.0, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6)
+# Weights of the teacher that are tried, so that 1 gives its log-probabilities the mean spread that
+# the student's scores have within a row.
+WEIGHTS = (0.0, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6)
 # λ_rank over the relative gain, and the most that it may be.
 _LAMBDA_PER_GAIN, _LAMBDA_MOST = 2.5, 0.5
 _BATCH = 256
@@ -42,6 +42,7 @@ class AuditRows:
         histories: N lists of item indices, oldest first.
         candidates: (N, K) item indices, the student's best first.
         scores: (N, K) the student's.
+        counts: (N, K) how often each candidate was taken in training.
         places: (N,) where the true item stands, from 0.
     """
 
@@ -49,6 +50,7 @@ class AuditRows:
     histories: list[list[int]]
     candidates: Tensor
     scores: Tensor
+    counts: Tensor
     places: np.ndarray
 
 
@@ -59,7 +61,11 @@ class Audit:
     Attributes:
         rows: N.
         student, teacher, blend: NDCG@10 of the true item in each order of the K candidates.
-        beta: Mean of the two halves' weights of the teacher in the blend.
+        popularity: The same by how often they were taken in training: what a teacher has to beat
+            that knows more than the prompt can tell it of popularity.
+        chance: The same of any order, expected.
+        beta: β of the blend, mean of what was fitted on either half: scores that a nat of the
+            teacher's is worth.
         teacher_lift: Teacher less student.
         blend_lift: Blend less student, on rows that β was not fitted on.
     """
@@ -68,6 +74,8 @@ class Audit:
     student: float
     teacher: float
     blend: float
+    popularity: float
+    chance: float
     beta: float
     teacher_lift: Lift
     blend_lift: Lift
@@ -91,6 +99,8 @@ class Audit:
             "student": self.student,
             "teacher": self.teacher,
             "blend": self.blend,
+            "popularity": self.popularity,
+            "chance": self.chance,
             "beta": self.beta,
             "teacher_lift": self.teacher_lift.as_dict(),
             "blend_lift": self.blend_lift.as_dict(),
@@ -106,7 +116,8 @@ class Audit:
         )
         return (
             f"Audit of the teacher on {self.rows:,} validation rows whose candidates hold the true "
-            f"item, NDCG@10: student's order {self.student:.4f}, teacher's {self.teacher:.4f}, "
+            f"item, NDCG@10: student's order {self.student:.4f}, teacher's {self.teacher:.4f} "
+            f"(by popularity {self.popularity:.4f}, by chance {self.chance:.4f}), "
             f"blend {self.blend:.4f} ({self.blend_lift.absolute:+.4f}, {low:+.4f} to {high:+.4f}): "
             f"{plain}."
         )
@@ -158,14 +169,15 @@ def audit_rows(
             f"{num_candidates} candidates, so the teacher cannot be audited. Train longer before "
             "it starts (train.warmup_epochs), or set distill.audit off."
         )
+    items = torch.cat(candidates)
     return AuditRows(
-        np.concatenate(chosen), [each for part in lists for each in part], torch.cat(candidates),
-        torch.cat(scores), np.concatenate(places),
+        np.concatenate(chosen), [each for part in lists for each in part], items,
+        torch.cat(scores), torch.from_numpy(data.train_counts)[items], np.concatenate(places),
     )  # fmt: skip
 
 
 def audit(
-    rows: AuditRows, ranker: RankLLM, seed: int, accelerator: Accelerator, samples: int = 10_000
+    rows: AuditRows, ranker: Ranker, seed: int, accelerator: Accelerator, samples: int = 10_000
 ) -> Audit:
     """Ask the teacher on the rows and compare; a collective, each process asks its share.
 
@@ -188,17 +200,19 @@ def audit(
     every = torch.empty(rows.candidates.shape)
     for process, part in enumerate(gather(probs)):
         every[process :: accelerator.num_processes] = part
-    return compare(rows.scores, every, rows.places, seed, samples)
+    return compare(rows.scores, every, rows.counts, rows.places, seed, samples)
 
 
 def compare(
-    scores: Tensor, probs: Tensor, places: np.ndarray, seed: int, samples: int = 10_000
-) -> Audit:
+    scores: Tensor, probs: Tensor, counts: Tensor, places: np.ndarray, seed: int,
+    samples: int = 10_000,
+) -> Audit:  # fmt: skip
     """The student's order, the teacher's, and a blend of which β is fitted on the other half.
 
     Args:
         scores: (N, K) of the student.
         probs: (N, K) of the teacher.
+        counts: (N, K) how often each candidate was taken in training.
         places: (N,) of the true item.
         seed: Of the halves.
         samples: Bootstrap resamples.
@@ -206,29 +220,38 @@ def compare(
     told = logprobs(probs)
     student = _per_row(scores, places)
     teacher = _per_row(told, places)
-    ways = blends(scores, told)
-    by_beta = np.stack([_per_row(way, places) for way in ways])
+    betas = betas_tried(scores, told)
+    by_beta = np.stack([_per_row(scores + beta * told, places) for beta in betas])
     half = np.random.default_rng((seed, 10)).permutation(len(places)) % 2 == 0
-    blend, betas = student.copy(), []
+    blend, fits = student.copy(), []
     for fitted, held_out in ((half, ~half), (~half, half)):
         # Of equal betas the least: argmax takes the first.
         best = int(by_beta[:, fitted].mean(1).argmax()) if fitted.any() else 0
         blend[held_out] = by_beta[best, held_out]
-        betas.append(BETAS[best])
+        fits.append(betas[best])
     return Audit(
         rows=len(places),
         student=float(student.mean()),
         teacher=float(teacher.mean()),
         blend=float(blend.mean()),
-        beta=float(np.mean(betas)),
+        popularity=float(_per_row(counts, places).mean()),
+        chance=float(per_user_metric(np.arange(1, scores.shape[1] + 1), METRIC).mean()),
+        beta=float(np.mean(fits)),
         teacher_lift=paired_bootstrap(teacher, student, samples, seed),
         blend_lift=paired_bootstrap(blend, student, samples, seed),
     )
 
 
-def blends(scores: Tensor, told: Tensor) -> Sequence[Tensor]:
-    """(N, K) scores for each of BETAS, both sides measured in their spread within a row."""
-    return [in_spreads(scores) + beta * in_spreads(told) for beta in BETAS]
+def betas_tried(scores: Tensor, told: Tensor) -> list[float]:
+    """β for each of WEIGHTS, of (N, K) scores and log-probabilities; zeros where the teacher tells
+    nothing apart in any row.
+
+    One β for all rows: a teacher that is sure in one row and not in another keeps that difference,
+    as does the student.
+    """
+    spread = mean_spread(told)
+    unit = mean_spread(scores) / spread if spread > 1e-9 else 0.0
+    return [weight * unit for weight in WEIGHTS]
 
 
 def _per_row(scores: Tensor, places: np.ndarray) -> np.ndarray:

@@ -229,32 +229,35 @@ class TeacherMeter:
         }
 
     def readable_examples(
-        self, catalog: Catalog, user_ids: list, prompts: PromptBuilder
+        self, catalog: Catalog, user_ids: list, prompts: PromptBuilder | None, history_length: int
     ) -> list[dict[str, Any]]:
-        """The examples with titles in place of indices and the prompt as the teacher read it; of
-        several windows the first prompt, over the candidates that were shown last."""
+        """The examples with titles in place of indices and the prompt as the teacher read it, where
+        it reads any; of several windows the first prompt, over the candidates that were shown
+        last."""
         readable = []
         for example in self.examples:
             candidates, ranking = example["candidates"], example["ranking"]
             shown = [candidates[place] for place in example["shown_order"]]
-            prompt = prompts.build(example["history"], shown[-prompts.num_shown :])
-            one_prompt = len(shown) <= prompts.num_shown
+            identifiers, prompt = [], ""
+            if prompts is not None:
+                tokens = prompts.build(example["history"], shown[-prompts.num_shown :])
+                prompt = prompts.tokenizer.decode(tokens)
+                if len(shown) <= prompts.num_shown:  # in windows a candidate goes by several
+                    identifiers = list(prompts.identifiers.texts)
             readable.append(
                 {
                     "user": str(user_ids[example["user"]]),
                     "history": [
-                        catalog.title(item)
-                        for item in example["history"][-prompts.history_length :]
+                        catalog.title(item) for item in example["history"][-history_length:]
                     ],
                     "target": catalog.title(example["target"]),
                     "shown": [catalog.title(item) for item in shown],
-                    # In windows a candidate goes by several.
-                    "identifiers": list(prompts.identifiers.texts) if one_prompt else [],
+                    "identifiers": identifiers,
                     "teacher_ranking": [catalog.title(candidates[place]) for place in ranking],
                     "teacher_ranks": [example["ranks"][place] for place in ranking],
                     "teacher_probs": [example["probs"][place] for place in ranking],
                     "student_ranking": [catalog.title(item) for item in candidates],
-                    "prompt": prompts.tokenizer.decode(prompt),
+                    "prompt": prompt,
                     "reasoning": example["reasoning"],
                     "valid": example["valid"],
                 }

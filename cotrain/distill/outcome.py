@@ -77,7 +77,10 @@ def finish(state: CotrainState, run: Run) -> dict[str, Any]:
         "examples": []
         if run.teacher is None
         else meter.readable_examples(
-            run.data.catalog, run.data.user_ids, run.teacher.ranker.prompts
+            run.data.catalog,
+            run.data.user_ids,
+            run.teacher.ranker.prompts,
+            config.teacher.history_length,
         ),
         "config": configuration.to_dict(config),
         "environment": tracking.environment(accelerator.device, accelerator.num_processes),
@@ -109,16 +112,9 @@ def _teacher(state: CotrainState, run: Run, meter: TeacherMeter) -> dict[str, An
     """Who taught and what came of it; None where the student learned alone."""
     if run.teacher is None:
         return None
-    ranker, settings = run.teacher.ranker, run.config.teacher
-    of_settings = (
-        "adapter", "mode", "decision_position", "identifiers", "template", "num_candidates",
-        "window", "stride", "shuffles", "calibration",
-    )  # fmt: skip
+    ranker = run.teacher.ranker
     return {
-        "model": ranker.backbone.name,
-        "quantization": ranker.backbone.quantization,
-        "parameters": ranker.backbone.num_parameters,
-        **{name: getattr(settings, name) for name in of_settings},
+        **ranker.facts,
         "identifier_bias": state.identifier_bias.tolist(),
         "query": {
             "policy": run.config.query.policy,

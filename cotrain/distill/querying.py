@@ -12,11 +12,13 @@ from accelerate import PartialState
 from torch import Tensor
 
 from cotrain.data.batches import SequenceBatch
+from cotrain.distill.nearness import NearnessRanker
 from cotrain.runtime.tracking import gather
 from cotrain.student.retrieval import Candidates
 from cotrain.teacher.ranker import RankLLM
 from cotrain.teacher.verdict import TeacherVerdict
 
+Ranker = RankLLM | NearnessRanker
 Policy = Literal["all", "random", "entropy", "margin", "loss", "k_center"]
 
 
@@ -84,7 +86,7 @@ class Teacher:
         passes_scores: Whether the ranker gets the student's scores.
     """
 
-    ranker: RankLLM
+    ranker: Ranker
     query: Query
     num_candidates: int
     seed: int
@@ -137,7 +139,7 @@ class Teacher:
         processes = PartialState()
         if processes.num_processes == 1:
             return self._rank(own)
-        lengths = [self._prompt_tokens(question) for question in own]
+        lengths = [self.ranker.cost(asked.history, asked.candidates) for asked in own]
         pooled = gather((own, lengths))
         questions = [question for asked, _ in pooled for question in asked]
         shares = equal_shares([n for _, tokens in pooled for n in tokens], len(pooled))
@@ -157,10 +159,6 @@ class Teacher:
             [question.seed for question in questions],
             **self._scores([question.scores for question in questions]),
         )
-
-    def _prompt_tokens(self, question: Question) -> int:
-        prompts = self.ranker.prompts
-        return len(prompts.build(question.history, question.candidates[: prompts.num_shown]))
 
     def _scores(self, scores: list[list[float]]) -> dict[str, Any]:
         return {"scores": scores} if self.passes_scores else {}

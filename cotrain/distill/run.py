@@ -19,6 +19,7 @@ from cotrain.config import Config
 from cotrain.data.interactions import InteractionData, load_interactions
 from cotrain.data.item_text import identity, item_texts, kept, sentence_vectors
 from cotrain.distill.loop import Run, fit
+from cotrain.distill.nearness import NearnessRanker
 from cotrain.distill.outcome import finish
 from cotrain.distill.querying import Query, Teacher
 from cotrain.distill.rationales import Rationales
@@ -158,11 +159,15 @@ def prepare(
     check_against_data(config, data, accelerator.num_processes)
     rationales = open_rationales(config, data, say)
     teacher, teacher_size = None, None
-    if config.teacher.model is not None:
+    if config.distill.ranker == "nearness":
+        with accelerator.main_process_first():
+            teacher = make_nearness(config, data, accelerator, say)
+        teacher_size = teacher.ranker.state_size
+    elif config.teacher.model is not None:
         with accelerator.main_process_first():
             asked = replace(config.teacher, adapter=adapter or config.teacher.adapter)
             teacher = make_teacher(replace(config, teacher=asked), data, accelerator.device, say)
-        teacher_size = teacher.ranker.backbone.hidden_size
+        teacher_size = teacher.ranker.state_size
     item_text = None
     if not resume:  # else they have started
         with accelerator.main_process_first():  # one process encodes, the others find it kept
@@ -222,7 +227,7 @@ def check_against_data(config: Config, data: InteractionData, num_processes: int
         ConfigError: More candidates than items.
         DataError: Too few users with something to train on.
     """
-    if config.teacher.model is not None and config.teacher.num_candidates > data.num_items:
+    if config.has_teacher and config.teacher.num_candidates > data.num_items:
         raise ConfigError(
             f"teacher.num_candidates is {config.teacher.num_candidates}, but the catalogue has "
             f"only {data.num_items} items; expected at most that many."
@@ -254,19 +259,49 @@ def encode_items(
     encoder = config.student.item_text
     if encoder is None:
         return None
-    texts = item_texts(data.catalog)
-    shown = accelerator.is_main_process
     if encoder != "teacher":
-        return kept(
-            texts, identity(encoder),
-            lambda: sentence_vectors(texts, encoder, accelerator.device, shown),
-        )  # fmt: skip
-    assert teacher is not None  # checked with the settings
+        return _sentences(encoder, data, accelerator)
+    texts, shown = item_texts(data.catalog), accelerator.is_main_process
+    assert teacher is not None  # checked with the settings, and that it is a language model
+    assert isinstance(teacher.ranker, RankLLM)
     ranker = teacher.ranker
     backbone = ranker.backbone
     name = f"teacher {identity(backbone.name)} {backbone.quantization} {backbone.compute} "
     name += f"{backbone.adapter_version} {config.teacher.max_title_tokens} tokens"
     return kept(texts, name, lambda: ranker.embed_items(shown))
+
+
+def _sentences(encoder: str, data: InteractionData, accelerator: Accelerator) -> Tensor:
+    texts = item_texts(data.catalog)
+    return kept(
+        texts, identity(encoder),
+        lambda: sentence_vectors(texts, encoder, accelerator.device, accelerator.is_main_process),
+    )  # fmt: skip
+
+
+def make_nearness(
+    config: Config, data: InteractionData, accelerator: Accelerator, say: Any
+) -> Teacher:
+    """The yardstick of a teacher.
+
+    Raises:
+        AssetError, DataError: The sentence encoder cannot be had.
+    """
+    encoder = config.teacher.grounding_encoder
+    say(f"Teacher: nearness of texts by {encoder}, in place of a language model")
+    vectors = _sentences(encoder, data, accelerator)
+    ranker = NearnessRanker(vectors, config.teacher, config.distill.teacher_temperature)
+    users = data.trained_users[:256].tolist()
+    histories = [data.train_history(user).tolist() for user in users]
+    any_items = [list(range(1, config.teacher.num_candidates + 1))] * len(users)
+    rate = len(users) / ranker.rank(histories, any_items, []).seconds
+    return Teacher(
+        ranker, _query(config, data), config.teacher.num_candidates, config.seed, rate
+    )  # fmt: skip
+
+
+def _query(config: Config, data: InteractionData) -> Query:
+    return Query(data.trained_users, config.query.fraction, config.seed, config.query.policy)
 
 
 _REMEDIES = {
@@ -345,10 +380,9 @@ def make_teacher(config: Config, data: InteractionData, device: torch.device, sa
         f"{backbone.compute}, {rate:.2f} rows/s, about {probe.prompt_tokens // len(users)} tokens "
         "a row"
     )
-    asking = config.query
-    query = Query(data.trained_users, asking.fraction, config.seed, asking.policy)
     return Teacher(
-        ranker, query, settings.num_candidates, config.seed, rate, ranker.wants_scores
+        ranker, _query(config, data), settings.num_candidates, config.seed, rate,
+        ranker.wants_scores,
     )  # fmt: skip
 
 

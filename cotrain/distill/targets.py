@@ -6,23 +6,23 @@ from torch import Tensor
 
 
 def blend_probs(scores: Tensor, probs: Tensor, beta: float, temperature: float = 1.0) -> Tensor:
-    """Q ∝ exp((s + β · spread(s) · t) / τ_s), t the teacher's log-probabilities in units of their
-    own spread: what the audit's blend puts in order, on the scale of the student's scores.
+    """Q ∝ exp((s + β · log q) / τ_s): what the audit's blend puts in order.
 
-    Where the teacher tells nothing apart, Q is the softmax of the scores themselves.
+    Where the teacher tells nothing apart, Q is the softmax of the scores themselves; where it tells
+    little apart, little is added, and where the student is sure, little is changed. (Measured in
+    spreads of each row instead, a blend of SASRec and text nearness gains a third to two thirds
+    less: README.)
 
     Args:
         scores: (B, K) s, of whoever is to be improved on.
-        probs: (B, K) of the teacher; rows without a verdict may hold anything finite.
-        beta: β, spreads of the scores that a spread of the teacher's is worth.
+        probs: (B, K) q of the teacher; rows without a verdict may hold anything finite.
+        beta: β, scores that a nat of the teacher's is worth.
         temperature: τ_s, as in the loss that takes Q.
 
     Returns:
         (B, K), of the dtype of `scores`.
     """
-    spread = scores.std(1, correction=0, keepdim=True)
-    added = beta * spread * in_spreads(logprobs(probs)).to(scores.dtype)
-    return torch.softmax((scores + added) / temperature, dim=1)
+    return torch.softmax((scores + beta * logprobs(probs)) / temperature, dim=1)
 
 
 def logprobs(probs: Tensor) -> Tensor:
@@ -30,9 +30,6 @@ def logprobs(probs: Tensor) -> Tensor:
     return probs.clamp(min=1e-9).log()
 
 
-def in_spreads(values: Tensor) -> Tensor:
-    """(B, K) float64: distance from the row's mean, in units of the row's root mean square
-    distance; zeros where all are alike."""
-    values = values.double()
-    centred = values - values.mean(1, keepdim=True)
-    return centred / centred.square().mean(1, keepdim=True).sqrt().clamp(min=1e-9)
+def mean_spread(values: Tensor) -> float:
+    """Mean over rows of the root mean square distance from the row's mean, of (B, K)."""
+    return float(values.double().std(1, correction=0).mean())

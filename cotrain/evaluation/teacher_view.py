@@ -184,7 +184,8 @@ def _audit_row(audit: dict[str, Any]) -> Row:
     return (
         f"Audit at step {number(audit['step'])}, NDCG@10",
         f"blend {number(audit['blend'], 4)}, teacher {number(audit['teacher'], 4)}, student "
-        f"{number(audit['student'], 4)}",
+        f"{number(audit['student'], 4)}, popularity {number(audit['popularity'], 4)}, chance "
+        f"{number(audit['chance'], 4)}",
         f"{found}: the blend's gain lies in {low:+.4f} to {high:+.4f}, on {number(audit['rows'])} "
         "validation rows that hold the true item",
     )

@@ -110,6 +110,29 @@ class RankLLM:
             self.reader.grounding.vectors()
 
     @property
+    def state_size(self) -> int:
+        """H, width of the decision state."""
+        return self.backbone.hidden_size
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What a report says of it."""
+        names = (
+            "adapter", "mode", "decision_position", "identifiers", "template", "num_candidates",
+            "window", "stride", "shuffles", "calibration",
+        )  # fmt: skip
+        return {
+            "model": self.backbone.name,
+            "quantization": self.backbone.quantization,
+            "parameters": self.backbone.num_parameters,
+            **{name: getattr(self.settings, name) for name in names},
+        }
+
+    def cost(self, history: Sequence[int], candidates: Sequence[int]) -> int:
+        """Prompt tokens of a row, by which processes share the work."""
+        return len(self.prompts.build(history, candidates[: self.prompts.num_shown]))
+
+    @property
     def wants_scores(self) -> bool:
         """Whether `rank` needs the student's scores."""
         return self.settings.mode == "bigrec" and self.settings.grounding_weight == "student"

@@ -34,6 +34,7 @@ def differing(one: Config, other: Config) -> set[str]:
         ("ranking", ("some-teacher", None, 0.0)),
         ("full", ("some-teacher", "some/store", 0.1)),
         ("offline", ("some-teacher", None, 0.0)),
+        ("nearness", ("some-teacher", None, 0.0)),
         ("rdr_gram", (None, "some/store", 0.1)),
         ("rdr_centred", (None, "some/store", 0.1)),
         ("rdr_whitened", (None, "some/store", 0.1)),
@@ -45,14 +46,25 @@ def test_each_arm_learns_from_what_it_says(plan, arm, expected):
     distill = config.distill
     assert (config.teacher.model, distill.rationales, distill.lambda_rdr) == expected
     weights = {"logit_kd": (0.1, 0.0), "decision_state": (0.0, 0.001), "full": (0.1, 0.001)}
-    weights |= dict.fromkeys(("ranking", "offline"), weights["logit_kd"])
-    assert (distill.target == "blend") == (arm in ("ranking", "offline"))
+    blends = ("ranking", "offline", "nearness")
+    weights |= dict.fromkeys(blends, weights["logit_kd"])
+    assert (distill.target == "blend") == (arm in blends)
+    assert (distill.ranker == "nearness") == (arm == "nearness")
     assert (config.query.when == "offline") == (arm == "offline")
     if arm in weights:
         assert (distill.lambda_rank, distill.lambda_emb) == weights[arm]
     assert (distill.rdr_form == "gram") == (arm == "rdr_gram")
     targets = {"rdr_centred": "centred", "rdr_whitened": "whitened"}
     assert distill.rdr_targets == targets.get(arm, "plain")
+
+
+def test_the_yardstick_needs_no_language_model(plan):
+    made = plan("ce,nearness", 1, "--teacher.model", "none")
+    assert [run.config.has_teacher for run in made.runs] == [False, True]
+    # With it for all arms, they differ in how they teach.
+    settings = ("--teacher.model", "none", "--distill.ranker", "nearness")
+    made = plan("ce,logit_kd,ranking,offline", 1, *settings)
+    assert [run.config.has_teacher for run in made.runs] == [False, True, True, True]
 
 
 def test_nothing_else_differs_between_arms_or_seeds(plan):

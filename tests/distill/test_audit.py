@@ -9,14 +9,16 @@ import torch
 from torch import Tensor
 
 from cotrain.config import parse
-from cotrain.distill.audit import BETAS, Audit, audit, audit_rows, blends, compare
+from cotrain.distill.audit import WEIGHTS, Audit, audit, audit_rows, betas_tried, compare
 from cotrain.distill.loop import Run, fit
 from cotrain.distill.outcome import finish
 from cotrain.distill.state import CotrainState
+from cotrain.distill.targets import blend_probs
 from cotrain.errors import ConfigError, DataError, TeacherError
 
 Prepare = Callable[..., tuple[CotrainState, Run]]
 ROWS, K = 400, 20
+COUNTS = torch.ones(ROWS, K)
 
 
 @pytest.fixture
@@ -33,7 +35,7 @@ def rows() -> tuple[Tensor, Tensor, np.ndarray]:
 
 def test_a_teacher_that_knows_what_the_student_does_not_teaches(rows: tuple):
     scores, unknown, places = rows
-    found = compare(scores, unknown.softmax(1), places, seed=0)
+    found = compare(scores, unknown.softmax(1), COUNTS, places, seed=0)
     assert found.teaches
     assert found.blend > max(found.student, found.teacher)
     assert found.blend_lift.absolute == pytest.approx(found.blend - found.student)
@@ -49,7 +51,7 @@ def test_a_teacher_that_knows_nothing_more_does_not(rows: tuple, kind: str):
     scores, _, places = rows
     noise = torch.rand(ROWS, K, generator=torch.Generator().manual_seed(1))
     told = {"noise": noise, "the student's own": scores, "nothing": torch.zeros(ROWS, K)}[kind]
-    found = compare(scores, (3 * told).softmax(1), places, seed=0)
+    found = compare(scores, (3 * told).softmax(1), COUNTS, places, seed=0)
     assert not found.teaches
     assert found.lambda_rank == 0
     assert "nothing that it could teach" in str(found)
@@ -59,6 +61,18 @@ def test_a_teacher_that_knows_nothing_more_does_not(rows: tuple, kind: str):
         assert found.blend_lift.absolute == 0
 
 
+def test_popularity_and_chance_say_what_a_teacher_has_to_beat(rows: tuple):
+    scores, unknown, places = rows
+    taken = torch.zeros(ROWS, K).scatter_(1, torch.from_numpy(places)[:, None], 3)
+    found = compare(scores, unknown.softmax(1), taken, places, seed=0)
+    assert found.popularity == 1
+    # The mean of 1 / log2(1 + place) over ten places of twenty, the other ten being worth nothing.
+    assert found.chance == pytest.approx(0.2272, abs=5e-5)
+    # Where all are as popular, the true one stands behind the others.
+    assert compare(scores, unknown.softmax(1), COUNTS, places, seed=0).popularity == 0
+    assert "(by popularity 1.0000, by chance 0.2272)" in str(found)
+
+
 def test_the_weight_is_never_fitted_on_the_rows_it_is_judged_by(rows: tuple):
     # Noise that happens to help, chosen among many: fitted and judged on the same rows, each of
     # them could only gain.
@@ -66,18 +80,45 @@ def test_the_weight_is_never_fitted_on_the_rows_it_is_judged_by(rows: tuple):
     lifts = []
     for seed in range(30):
         noise = torch.rand(60, K, generator=torch.Generator().manual_seed(seed))
-        found = compare(scores[:60], (3 * noise).softmax(1), places[:60], seed, samples=100)
+        found = compare(
+            scores[:60], (3 * noise).softmax(1), COUNTS[:60], places[:60], seed, samples=100
+        )
         lifts.append(found.blend_lift.absolute)
     assert min(lifts) < 0
     assert np.mean(lifts) < 0.01
 
 
-def test_blends_do_not_depend_on_the_scale_of_the_scores(rows: tuple):
-    scores, unknown, _ = rows
-    for one, other in zip(blends(scores, unknown), blends(7 * scores - 3, 0.1 * unknown),
-                          strict=True):  # fmt: skip
-        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
-    assert len(blends(scores, unknown)) == len(BETAS)
+def test_an_audit_does_not_depend_on_the_scale_of_the_scores(rows: tuple):
+    scores, unknown, places = rows
+    told = unknown.log_softmax(1)
+    one, other = betas_tried(scores, told), betas_tried(7 * scores - 3, 0.1 * told)
+    assert len(one) == len(WEIGHTS)
+    torch.testing.assert_close(torch.tensor(one) * 70, torch.tensor(other))
+    found = compare(scores, unknown.softmax(1), COUNTS, places, seed=0)
+    scaled = compare(7 * scores - 3, (0.1 * unknown).softmax(1), COUNTS, places, seed=0)
+    assert scaled.blend == pytest.approx(found.blend)
+    assert scaled.beta == pytest.approx(70 * found.beta)
+
+
+def test_a_teacher_keeps_what_it_is_sure_of_and_what_not(rows: tuple):
+    # It knows half of the rows, and of the others next to nothing; it says so.
+    scores, unknown, places = rows
+    noise = torch.randn(ROWS // 2, K, generator=torch.Generator().manual_seed(1))
+    says = torch.cat([unknown[: ROWS // 2], 0.05 * noise])
+    by_itself = compare(scores, says.softmax(1), COUNTS, places, seed=0)
+    says = says / says.std(1, keepdim=True)
+    assert by_itself.blend > compare(scores, says.softmax(1), COUNTS, places, seed=0).blend
+
+
+def test_the_order_taught_is_the_order_audited(rows: tuple):
+    scores, unknown, places = rows
+    probs = unknown.softmax(1)
+    found = compare(scores, probs, COUNTS, places, seed=0)
+    taught = blend_probs(scores, probs, found.beta)
+    own = taught[torch.arange(ROWS), torch.from_numpy(places)]
+    first = (taught >= own[:, None]).sum(1) == 1
+    own = scores[torch.arange(ROWS), torch.from_numpy(places)]
+    assert first.sum() > ((scores >= own[:, None]).sum(1) == 1).sum()
 
 
 def test_rows_are_of_users_whose_candidates_hold_what_they_took(prepared: Prepare):
@@ -92,6 +133,7 @@ def test_rows_are_of_users_whose_candidates_hold_what_they_took(prepared: Prepar
         assert rows.candidates[row, rows.places[row]] == taken
         assert rows.histories[row] == data.history_before(user, "validation").tolist()
         assert not set(rows.candidates[row].tolist()) & set(rows.histories[row])
+        assert (rows.counts[row].numpy() == data.train_counts[rows.candidates[row]]).all()
         assert rows.scores[row].tolist() == sorted(rows.scores[row].tolist(), reverse=True)
     again = audit_rows(model, data, 600, 25, seed=0)
     assert (again.users == rows.users).all()
@@ -152,7 +194,7 @@ def test_the_teacher_is_asked_about_each_row_once(prepared: Prepare):
     near = torch.from_numpy(rows.places)[:, None] + torch.arange(5)
     rows = dataclasses.replace(
         rows, candidates=rows.candidates.gather(1, near), scores=rows.scores.gather(1, near),
-        places=np.zeros(10, dtype=np.int64),
+        counts=rows.counts.gather(1, near), places=np.zeros(10, dtype=np.int64),
     )  # fmt: skip
     found = audit(rows, run.teacher.ranker, 0, run.accelerator, samples=50)
     assert isinstance(found, Audit)
@@ -160,4 +202,4 @@ def test_the_teacher_is_asked_about_each_row_once(prepared: Prepare):
     probs = run.teacher.ranker.rank(
         rows.histories, rows.candidates.tolist(), [(0, 9, int(user)) for user in rows.users]
     ).probs
-    assert found == compare(rows.scores, probs, rows.places, 0, samples=50)
+    assert found == compare(rows.scores, probs, rows.counts, rows.places, 0, samples=50)

@@ -224,7 +224,7 @@ def test_examples_are_of_rows_that_were_prompted():
 
 
 def test_a_readable_example_says_what_was_shown_ranked_tied_and_written():
-    examples = observed().readable_examples(CATALOG, ["u", "v", "w", "x"], prompts(3))
+    examples = observed().readable_examples(CATALOG, ["u", "v", "w", "x"], prompts(3), 10)
     first, second = examples[:2]
     assert first["user"] == "u"
     assert first["history"] == ["item 9"]
@@ -240,6 +240,6 @@ def test_a_readable_example_says_what_was_shown_ranked_tied_and_written():
 
 
 def test_of_windows_the_first_prompt_is_shown():
-    first = observed().readable_examples(CATALOG, ["u"] * 4, prompts(2))[0]
+    first = observed().readable_examples(CATALOG, ["u"] * 4, prompts(2), 10)[0]
     assert first["prompt"] == "([9], [5, 6])"  # the last of 7, 5, 6
     assert first["identifiers"] == []
