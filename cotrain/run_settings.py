@@ -146,6 +146,14 @@ class TrainConfig:
         "First epochs without the teacher, where there is one; then it and the control start.",
         ge=0,
     )
+    warm_start: str | None = option(
+        None,
+        "Folder of a run with train.keep_warm_up, whose warm-up this one takes over instead of "
+        "repeating it: of the same data, student, training and seed; none: from the start.",
+    )
+    keep_warm_up: bool = option(
+        False, "Keep the state at the end of the warm-up, for others to start from."
+    )
     rounds: int = option(
         1,
         "Parts into which the epochs with the teacher are divided. Between two the teacher is "

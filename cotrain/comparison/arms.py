@@ -226,6 +226,8 @@ _OWN = {
     "--output_dir": "name the folder of the comparison with --output",
     "--seed": "seeds run from --first_seed on, as many as --seeds says",
     "--resume": "the same command goes on with what was interrupted",
+    "--train.warm_start": "runs that begin alike share their warm-up by themselves",
+    "--train.keep_warm_up": "runs that begin alike share their warm-up by themselves",
     "--show_prompts": "scripts/train_online.py shows prompts",
 }
 

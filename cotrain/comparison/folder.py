@@ -115,10 +115,14 @@ def _added(before: dict[str, Any], now: dict[str, Any], path: Path) -> list[str]
     return [*before["added"], *new]
 
 
+# What differs between runs of one comparison, or says only what they share.
+_OF_A_RUN = ("seed", "output_dir", "train.warm_start", "train.keep_warm_up")
+
+
 def _comparable(config: Config) -> dict[str, Any]:
     """Settings by dotted name, without those that differ between runs of one comparison."""
     values = dict(_leaves(configuration.to_dict(config)))
-    return {name: value for name, value in values.items() if name not in ("seed", "output_dir")}
+    return {name: value for name, value in values.items() if name not in _OF_A_RUN}
 
 
 def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -156,8 +160,14 @@ def stage(run: PlannedRun) -> Stage:
 
 def _require_settings(run: PlannedRun, saved: Path) -> None:
     # Parsing takes seconds, and a file that was written for these very settings needs none.
-    written = yaml.safe_dump(configuration.to_dict(run.config), sort_keys=False)
-    if saved.read_bytes() == written.encode():
+    try:
+        written = dict(_leaves(yaml.safe_load(saved.read_text(encoding="utf-8"))))
+    except (ValueError, AttributeError, yaml.YAMLError):
+        written = {}  # parsing tells what is wrong with it
+    own = dict(_leaves(configuration.to_dict(run.config)))
+    for name in ("train.warm_start", "train.keep_warm_up"):
+        own.pop(name), written.pop(name, None)
+    if written == own:
         return
     found = configuration.parse(["--config", str(saved)])
     differing = _differing(_comparable(found), _comparable(run.config))

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TextIO
 
@@ -16,7 +16,10 @@ from cotrain import config as configuration
 from cotrain.comparison.arms import Plan, PlannedRun
 from cotrain.comparison.folder import Stage, stage
 from cotrain.comparison.results import training_seconds, validation_score
+from cotrain.config import Config
+from cotrain.distill import warm_up
 from cotrain.errors import CotrainError
+from cotrain.runtime import checkpoint
 from cotrain.runtime.interruption import StopRequest
 from cotrain.runtime.tracking import clock
 
@@ -102,7 +105,7 @@ def carry_out(
                 pace.finish(run, training_seconds(run.folder))
                 continue
             started = time.monotonic()
-            words = _prepared(run, stages[run.name])
+            words = _prepared(run, stages[run.name], plan)
             resumed = ", going on" if stages[run.name] == "interrupted" else ""
             line.say(f"{of}  {run.name}{resumed} …")
             code = _run(
@@ -140,7 +143,7 @@ def log_of(run: PlannedRun) -> Path:
     return run.folder.with_name(f"{run.folder.name}.log")
 
 
-def _prepared(run: PlannedRun, at: Stage) -> list[str]:
+def _prepared(run: PlannedRun, at: Stage, plan: Plan) -> list[str]:
     """Arguments that start or resume a run; clears away what cannot be gone on with."""
     if at == "interrupted":
         return ["--resume", str(run.folder)]
@@ -148,9 +151,26 @@ def _prepared(run: PlannedRun, at: Stage) -> list[str]:
         shutil.rmtree(run.folder)
     run.folder.parent.mkdir(parents=True, exist_ok=True)
     file = run.folder.with_name(f"{run.folder.name}.yaml")
-    configuration.save(run.config, file)
+    configuration.save(_with_warm_up(run, plan), file)
     log_of(run).unlink(missing_ok=True)
     return ["--config", str(file)]
+
+
+def _with_warm_up(run: PlannedRun, plan: Plan) -> Config:
+    """Settings by which runs that begin alike do so once: the first one keeps its warm-up, and the
+    others take it over."""
+    alike = [
+        other
+        for other in plan.runs
+        if other.seed == run.seed and warm_up.decides(other.config) == warm_up.decides(run.config)
+    ]
+    train = run.config.train
+    if not train.warmup_epochs or len(alike) == 1:
+        return run.config
+    there = checkpoint.steps(alike[0].folder / warm_up.FOLDER)
+    if there and alike[0] is not run:
+        return replace(run.config, train=replace(train, warm_start=str(alike[0].folder)))
+    return replace(run.config, train=replace(train, keep_warm_up=alike[0] is run))
 
 
 def _run(

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from cotrain.config import Config
 from cotrain.data.batches import EpochSampler, SequenceDataset, collate, make_loader
 from cotrain.data.interactions import InteractionData
+from cotrain.distill import warm_up
 from cotrain.distill.ahead import ask_ahead
 from cotrain.distill.audit import audit, audit_rows
 from cotrain.distill.choosing import chosen_by_student
@@ -89,6 +90,9 @@ def fit(state: CotrainState, run: Run, until_epoch: int | None = None) -> None:
     last_epoch, ended = until_epoch or train.epochs, False
     with StopRequest() as stop, pace.bar:
         while not ended:
+            warm = state.epoch == train.warmup_epochs and not state.step_in_epoch
+            if train.keep_warm_up and warm and not state.started:
+                warm_up.keep(state, run.folder, run.config, accelerator, run.log.num_bytes)
             distills = run.config.distills and state.epoch >= train.warmup_epochs
             if distills and not state.started:
                 start_distilling(state, run)

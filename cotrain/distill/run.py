@@ -18,6 +18,7 @@ from cotrain import config as configuration
 from cotrain.config import Config
 from cotrain.data.interactions import InteractionData, load_interactions
 from cotrain.data.item_text import identity, item_texts, kept, sentence_vectors
+from cotrain.distill import warm_up
 from cotrain.distill.loop import Run, fit
 from cotrain.distill.nearness import NearnessRanker
 from cotrain.distill.outcome import finish
@@ -121,6 +122,8 @@ def prepare(
         adapter: Of the teacher; none: the one of the settings.
     """
     require_packages(config.tracking.names)
+    if config.train.warm_start is not None and not resume:
+        warm_up.require(config)
     student_class(config.student.architecture)
     accelerator = make_accelerator()
     if zero.stage(accelerator) and config.train.item_updates == "lazy":
@@ -169,7 +172,7 @@ def prepare(
             teacher = make_teacher(replace(config, teacher=asked), data, accelerator.device, say)
         teacher_size = teacher.ranker.state_size
     item_text = None
-    if not resume:  # else they have started
+    if not resume and config.train.warm_start is None:  # else they have started
         with accelerator.main_process_first():  # one process encodes, the others find it kept
             item_text = encode_items(config, data, teacher, accelerator)
     loss = make_loss(
@@ -194,6 +197,9 @@ def prepare(
     elif accelerator.is_main_process:
         make_folder(folder, config, accelerator)
     accelerator.wait_for_everyone()
+    if config.train.warm_start is not None and not resume:
+        log_bytes = warm_up.start(state, folder, config, accelerator)
+        say(f"Warm-up: taken over from {config.train.warm_start}, step {state.step}")
     log = tracking.MetricsLog(
         folder, accelerator, log_bytes, state.step if resume else None, config.tracking.names,
         configuration.flat(configuration.to_dict(config)),

@@ -202,6 +202,39 @@ def restore_checkpoint(state: CotrainState, folder: Path, accelerator: Accelerat
         CheckpointError: No usable checkpoint, or written by another number of processes, or with
             another sharding.
     """
+    weights, saved, own = _load(folder, accelerator)
+    if "control" in saved["learners"]:
+        state.control = fork_control(state.student)
+    for learner in state.learners:
+        _restore_learner(learner, weights, saved, own)
+    for name in _POSITION:
+        setattr(state, name, saved[name])
+    if "verdicts" in weights:
+        state.kept = KeptVerdicts.from_state_dict(weights["verdicts"])
+    state.meter.load_state_dict(own["meter"])
+    set_all_states(own["random"], accelerator.device)
+    return saved["log_bytes"]
+
+
+def take_over(state: CotrainState, folder: Path, accelerator: Accelerator) -> int:
+    """Bring a fresh state to where another run's checkpoint was, which only learned from data; what
+    teaches here starts fresh.
+
+    Returns, and raises: As `restore_checkpoint`.
+    """
+    weights, saved, own = _load(folder, accelerator)
+    _restore_learner(state.student, weights, saved, own)
+    for name in ("epoch", "step", "seconds"):
+        setattr(state, name, saved[name])
+    state.meter.load_state_dict(own["meter"])
+    set_all_states(own["random"], accelerator.device)
+    return saved["log_bytes"]
+
+
+def _load(
+    folder: Path, accelerator: Accelerator
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any], dict[str, Any]]:
+    """Weights, the rest, and of the rest what is this process's."""
     weights, saved = checkpoint.load_latest(folder)
     if len(saved["processes"]) != accelerator.num_processes:
         raise CheckpointError(
@@ -216,29 +249,26 @@ def restore_checkpoint(state: CotrainState, folder: Path, accelerator: Accelerat
             f"{kinds[zero.stage(accelerator)]}; optimizer state is kept as it was sharded. Launch "
             "it with the same accelerate file."
         )
-    own = saved["processes"][accelerator.process_index]
-    if "control" in saved["learners"]:
-        state.control = fork_control(state.student)
-    for learner in state.learners:
-        facts = saved["learners"][learner.name]
-        learner.load_weights(weights[learner.name])
-        if learner.sharded:
-            zero.load_shard_state(learner.model, own["shards"][learner.name])
-        else:
-            learner.optimizer.load_state_dict(facts["optimizers"]["model"])
-        if learner.beside_optimizer is not None:
-            learner.beside_optimizer.load_state_dict(facts["optimizers"]["beside"])
-        if learner.projector is not None:
-            learner.projector.load_state_dict(weights["projector"])
-        learner.best_metric, learner.best_epoch = facts["best_metric"], facts["best_epoch"]
-        learner.best_weights = weights.get(f"best_{learner.name}", {})
-        if learner.head is not None:
-            learner.head.load_state_dict(weights[f"{learner.name}_head"])
-            learner.best_head = weights.get(f"best_{learner.name}_head", {})
-    for name in _POSITION:
-        setattr(state, name, saved[name])
-    if "verdicts" in weights:
-        state.kept = KeptVerdicts.from_state_dict(weights["verdicts"])
-    state.meter.load_state_dict(own["meter"])
-    set_all_states(own["random"], accelerator.device)
-    return saved["log_bytes"]
+    return weights, saved, saved["processes"][accelerator.process_index]
+
+
+def _restore_learner(
+    learner: Learner, weights: dict[str, dict[str, Tensor]], saved: dict[str, Any],
+    own: dict[str, Any],
+) -> None:  # fmt: skip
+    facts = saved["learners"][learner.name]
+    learner.load_weights(weights[learner.name])
+    if learner.sharded:
+        zero.load_shard_state(learner.model, own["shards"][learner.name])
+    else:
+        learner.optimizer.load_state_dict(facts["optimizers"]["model"])
+    learner.best_metric, learner.best_epoch = facts["best_metric"], facts["best_epoch"]
+    learner.best_weights = weights.get(f"best_{learner.name}", {})
+    # Projector and head are missing where a run with them takes over from one without.
+    if learner.beside_optimizer is not None and "beside" in facts["optimizers"]:
+        learner.beside_optimizer.load_state_dict(facts["optimizers"]["beside"])
+    if learner.projector is not None and "projector" in weights:
+        learner.projector.load_state_dict(weights["projector"])
+    if learner.head is not None:
+        learner.head.load_state_dict(weights[f"{learner.name}_head"])
+        learner.best_head = weights.get(f"best_{learner.name}_head", {})

@@ -8,9 +8,11 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import yaml
 
 from cotrain.comparison.arms import Plan
 from cotrain.comparison.folder import locked, stage
@@ -58,6 +60,20 @@ def test_every_run_is_done_by_seed_and_then_by_arm(plan, carry: Carry, calls: Ca
         assert (made.output / f"{name}.log").read_text() == f"training {name}\n"
     assert "3 of 4  ce, seed 1: done in 0:0" in said.getvalue()
     assert said.getvalue().count("NDCG@10 on validation 0.1000") == 4
+
+
+def test_runs_that_begin_alike_share_their_warm_up(plan, carry: Carry, calls: Calls):
+    made = plan("ce,logit_kd", 2)
+    first = made.runs[0]
+    assert carry(replace(made, runs=(first,))) == []
+    (first.folder / "warm_up" / "checkpoints" / "step_9").mkdir(parents=True)
+    assert carry(made) == []
+    assert len(calls()) == 4  # what has ended is not repeated for the sake of its warm-up
+    started = [yaml.safe_load((run.folder / "config.yaml").read_text()) for run in made.runs]
+    shared = [(one["train"]["keep_warm_up"], one["train"]["warm_start"]) for one in started]
+    # That of seed 1 the stand-in has not written, so that its other run begins by itself.
+    assert shared == [(False, None), (False, str(first.folder)), (True, None), (False, None)]
+    assert [stage(run) for run in made.runs] == ["finished"] * 4
 
 
 def test_a_failed_run_is_reported_and_the_others_go_on(
