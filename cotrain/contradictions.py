@@ -41,8 +41,15 @@ def contradictions(config: Any) -> list[str]:
             "distill.lambda_rank is auto, but distill.audit is off, which it follows; set "
             "distill.audit warn, or a number for distill.lambda_rank."
         )
-    fits = config.distill.target == "blend" and config.distill.blend_beta == "auto"
-    if fits and config.has_teacher and config.distill.audit == "off":
+    blends = config.distill.target == "blend" and config.has_teacher
+    if blends and not train.control:
+        problems.append(
+            "distill.target is blend, which is made with the control's scores (with the student's "
+            "own, what the teacher adds would be added in every step), but train.control is false; "
+            "set it to true, or distill.target teacher."
+        )
+    fits = blends and config.distill.blend_beta == "auto"
+    if fits and config.distill.audit == "off":
         problems.append(
             "distill.target is blend and distill.blend_beta auto, but distill.audit is off, which "
             "fits it; set distill.audit warn, or a number for distill.blend_beta."

@@ -40,7 +40,8 @@ class DistillConfig:
     lambda_rank: float | Literal["auto"] = option(
         0.1,
         "Weight of the ranking loss (ListNet). auto: 2.5 times the relative gain in NDCG@10 of the "
-        "blend that the audit finds, at most 0.5; 0 where it finds none.",
+        "blend that the audit finds, at most 0.5, and for distill.target blend 250 times, at most "
+        "5; 0 where it finds none.",
         ge=0,
     )
     lambda_emb: float = option(0.001, "Weight of the decision-state alignment loss.", ge=0)
@@ -54,7 +55,7 @@ class DistillConfig:
         "teacher",
         "What the ranking loss teaches. teacher: the teacher's own distribution Q over the "
         "candidates. blend: the control's scores of them with what the teacher adds, "
-        "softmax((s + β · log Q) / τ_s); without a control, the student's own scores.",
+        "softmax((s + β · log Q) / τ_s).",
     )
     blend_beta: float | Literal["auto"] = option(
         "auto",

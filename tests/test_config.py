@@ -399,6 +399,7 @@ def test_round_trip_of_every_setting(tmp_path):
         "train.item_updates": "all",
         "tracking.with": "wandb,mlflow",
         "distill.blend_beta": 0.4,
+        "train.control": True,  # a blend is made with it
         "train.rounds": 1,  # several want a teacher that is asked live, by letters
     }
     for leaf in leaves():

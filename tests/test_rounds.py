@@ -25,6 +25,7 @@ from cotrain.errors import ConfigError, DataError
 from cotrain.finetune import methods, tuning
 from cotrain.finetune.examples import held_out_users, make_examples
 from cotrain.runtime import checkpoint, tracking
+from cotrain.teacher.ranker import RankLLM
 
 Settings = Callable[..., Config]
 REPOSITORY = Path(__file__).parent.parent
@@ -209,6 +210,7 @@ def test_one_teacher_at_a_time_is_in_memory(
 
     def made(*arguments: Any) -> Any:
         teacher = make_teacher(*arguments)
+        assert isinstance(teacher.ranker, RankLLM)
         models.append(weakref.ref(teacher.ranker.backbone.model))
         versions.append(teacher.ranker.backbone.adapter_version)
         return teacher

@@ -106,6 +106,7 @@ def main(job_path: Path, result_path: Path) -> None:
         state, run = prepare(run_config(job, Path(folder)))
         torch.set_num_threads(job["threads"])
         assert run.teacher is not None
+        assert isinstance(run.teacher.ranker, RankLLM)
         recorder = Recorder(run.teacher.ranker)
         ranker: Any = recorder
         run = dataclasses.replace(run, teacher=dataclasses.replace(run.teacher, ranker=ranker))

@@ -165,9 +165,8 @@ def _require_settings(run: PlannedRun, saved: Path) -> None:
     except (ValueError, AttributeError, yaml.YAMLError):
         written = {}  # parsing tells what is wrong with it
     own = dict(_leaves(configuration.to_dict(run.config)))
-    for name in ("train.warm_start", "train.keep_warm_up"):
-        own.pop(name), written.pop(name, None)
-    if written == own:
+    shared = dict.fromkeys(("train.warm_start", "train.keep_warm_up"))
+    if written | shared == own | shared:
         return
     found = configuration.parse(["--config", str(saved)])
     differing = _differing(_comparable(found), _comparable(run.config))

@@ -249,7 +249,7 @@ def audit_teacher(state: CotrainState, run: Run) -> None:
         "teacher": found.teacher, "blend": found.blend, "beta": found.beta,
     })  # fmt: skip
     if settings.lambda_rank == "auto":
-        state.lambda_rank = found.lambda_rank
+        state.lambda_rank = found.lambda_rank(settings.target)
         tell(f"distill.lambda_rank auto: {state.lambda_rank:.3f}", accelerator)
 
 

@@ -268,8 +268,8 @@ def learn_from(
         lambda_rdr: Weight of the rationales, or 0: states are left alone.
         blend_beta: β of the blend that the ranking loss teaches; None: it teaches the verdict.
         meter: Takes the user states; None: nobody does.
-        references: By part, (B, K) scores of the candidates that a blend is made with; None: the
-            learner's own.
+        references: By part, (B, K) scores of the candidates that a blend is made with; None where
+            none is taught.
 
     Returns:
         (6,) float64 sums over this process's rows: of the data's loss, the ranking loss, the
@@ -293,7 +293,7 @@ def learn_from(
             ce = output.loss_sum * (not part.batch.borrowed)
             rank, emb, nats = nothing, nothing, nothing
             if judged is not None:
-                reference = scores[-1] if references is None else references[place]
+                reference = None if references is None else references[place]
                 rank, emb, nats = distillation_sums(learner, output, judged, blend_beta, reference)
             reasons = RationaleTerms(nothing, nothing, nothing)
             if rationales is not None and part.found is not None:

@@ -82,8 +82,9 @@ def _taught_by(report: Mapping[str, Any]) -> str:
     parts = []
     if teacher:
         adapter = f" with the adapter {plain(teacher['adapter'])}" if teacher["adapter"] else ""
+        how = teacher["quantization"] or f"by {teacher['mode']} of texts"
         parts.append(
-            f"{plain(teacher['model'])}{adapter}, {teacher['quantization']}, ranked "
+            f"{plain(teacher['model'])}{adapter}, {how}, ranked "
             f"{teacher['rows_asked']:,} lists of {teacher['num_candidates']} candidates "
             f"({teacher['rows_valid']:,} valid) while it was trained"
         )

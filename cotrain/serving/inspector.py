@@ -87,6 +87,8 @@ class Inspector:
         """Why no teacher can be asked; "" where one can."""
         if not self.report.get("teacher"):
             return "This run had no teacher that could be asked."
+        if self.report["teacher"].get("mode") == "nearness":
+            return "This run was taught by the nearness of texts, and by no language model."
         return self.no_data
 
     @property

@@ -41,7 +41,9 @@ def test_a_teacher_that_knows_what_the_student_does_not_teaches(rows: tuple):
     assert found.blend_lift.absolute == pytest.approx(found.blend - found.student)
     assert found.teacher_lift.absolute == pytest.approx(found.teacher - found.student)
     assert found.beta > 0.4
-    assert found.lambda_rank == pytest.approx(min(0.5, 2.5 * (found.blend / found.student - 1)))
+    gain = found.blend / found.student - 1
+    assert found.lambda_rank("teacher") == pytest.approx(min(0.5, 2.5 * gain))
+    assert found.lambda_rank("blend") == pytest.approx(min(5, 250 * gain))
     assert "knows something" in str(found)
     assert found.as_dict()["teaches"]
 
@@ -53,7 +55,7 @@ def test_a_teacher_that_knows_nothing_more_does_not(rows: tuple, kind: str):
     told = {"noise": noise, "the student's own": scores, "nothing": torch.zeros(ROWS, K)}[kind]
     found = compare(scores, (3 * told).softmax(1), COUNTS, places, seed=0)
     assert not found.teaches
-    assert found.lambda_rank == 0
+    assert found.lambda_rank("teacher") == found.lambda_rank("blend") == 0
     assert "nothing that it could teach" in str(found)
     if kind != "noise":
         # In a blend with itself, or with what is the same for all, no order changes.
@@ -176,6 +178,12 @@ def test_a_teacher_with_nothing_to_teach_does_not_start_where_that_is_asked_for(
     with pytest.raises((TeacherError, DataError), match=r"distill.audit"):
         fit(state, run)
     assert state.step == 4  # the warm-up
+
+
+def test_a_blend_needs_the_control_that_it_is_made_with():
+    with pytest.raises(ConfigError, match=r"blend, which is made with the control's scores"):
+        parse(["--distill.target", "blend", "--train.control", "false"])
+    parse(["--distill.target", "blend", "--train.control", "false", "--teacher.model", "none"])
 
 
 def test_a_weight_that_follows_the_audit_needs_one():

@@ -17,14 +17,14 @@ from cotrain.settings import TeacherConfig
 Prepare = Callable[..., tuple[CotrainState, Run]]
 
 
-def ranker(**settings: int) -> NearnessRanker:
+def ranker(history_length: int = 10) -> NearnessRanker:
     # Items 1 to 4; 3 and 4 have the direction of 1, whatever their length.
     vectors = torch.tensor([[1.0, 0.0], [0.0, 1.0], [5.0, 0.0], [1.0, 1.0]])
-    return NearnessRanker(vectors, TeacherConfig(num_candidates=3, **settings))
+    return NearnessRanker(vectors, TeacherConfig(num_candidates=3, history_length=history_length))
 
 
 def test_what_is_near_to_what_was_taken_stands_in_front():
-    found = ranker(history_length=10).rank([[1], [2, 2]], [[2, 3, 4], [2, 3, 4]], [])
+    found = ranker().rank([[1], [2, 2]], [[2, 3, 4], [2, 3, 4]], [])
     assert found.ranks.tolist() == [[3, 1, 2], [1, 3, 2]]
     cosines = torch.tensor([[0, 1, 0.5**0.5], [1, 0, 0.5**0.5]])
     torch.testing.assert_close(found.identifier_logits, 20 * cosines)

@@ -142,6 +142,9 @@ def test_a_run_that_kept_one_model_says_so(finished_run: Path, look_at: Look, tm
         bare.ask(bare.known_user("8"))
     with pytest.raises(DataError, match="without rationales"):
         bare.reasons(bare.known_user("8"))
+    by_text = report | {"teacher": report["teacher"] | {"mode": "nearness"}}
+    (tmp_path / "run/report.json").write_text(json.dumps(by_text))
+    assert "by no language model" in look_at(tmp_path / "run").no_teacher
 
 
 def test_where_the_control_is_shipped_the_other_one_is_the_student(
