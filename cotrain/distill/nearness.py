@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cotrain.settings import TeacherConfig
+from cotrain.config import TeacherConfig
 from cotrain.teacher.verdict import TeacherVerdict, confidence_of, probs_of_logits, ranks_of
 
 # What cosines are multiplied by before the softmax that sentence encoders are trained with.

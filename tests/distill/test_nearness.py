@@ -5,14 +5,13 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from cotrain.config import parse
+from cotrain.config import TeacherConfig, parse
 from cotrain.distill import run as runs
 from cotrain.distill.loop import Run, fit
 from cotrain.distill.nearness import NearnessRanker
 from cotrain.distill.outcome import finish
 from cotrain.distill.state import CotrainState
 from cotrain.errors import ConfigError
-from cotrain.settings import TeacherConfig
 
 Prepare = Callable[..., tuple[CotrainState, Run]]
 
