@@ -10,6 +10,7 @@ import torch
 from cotrain.config import parse
 from cotrain.distill.loop import Run, fit
 from cotrain.distill.outcome import finish
+from cotrain.distill.run import prepare
 from cotrain.distill.state import CotrainState
 from cotrain.distill.warm_up import FOLDER, decides
 from cotrain.errors import CheckpointError, ConfigError
@@ -53,9 +54,18 @@ def test_a_run_goes_on_from_the_warm_up_of_another_as_from_its_own(prepared: Pre
 def test_a_run_that_took_over_is_resumed_from_its_own_checkpoints(prepared: Prepare):
     first, source = prepared(*ALONE)
     fit(first, source)
-    _, run = prepared("--train.warm_start", str(source.folder), "--train.epochs", "3")
-    assert not checkpoint.steps(run.folder)
-    assert not (run.folder / FOLDER).exists()
+    taking_over = ("--train.warm_start", str(source.folder))
+    whole, own = prepared(*taking_over)
+    fit(whole, own)
+    state, run = prepared(*taking_over, "--train.checkpoint_every_steps", "3")
+    fit(state, run, until_epoch=2)
+    assert checkpoint.steps(run.folder) == [6]
+    again, resumed = prepare(run.config, resume=True)
+    assert again.step == 6
+    fit(again, resumed)
+    assert rows(resumed) == rows(own)
+    for name, weight in again.student.bare.state_dict().items():
+        assert weight.equal(whole.student.bare.state_dict()[name]), name
 
 
 def test_the_end_of_the_warm_up_is_kept_and_no_other_step(prepared: Prepare):
