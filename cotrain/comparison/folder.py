@@ -17,6 +17,9 @@ from cotrain.runtime import checkpoint
 
 MEMORY = "comparison.yaml"
 RESULT = "comparison.json"
+# How runs share their warm-up, and with it all that differs between runs of one comparison.
+_SHARING = ("train.warm_start", "train.keep_warm_up")
+_OF_A_RUN = ("seed", "output_dir", *_SHARING)
 Stage = Literal["new", "begun", "interrupted", "finished"]
 
 
@@ -115,22 +118,10 @@ def _added(before: dict[str, Any], now: dict[str, Any], path: Path) -> list[str]
     return [*before["added"], *new]
 
 
-# What differs between runs of one comparison, or says only what they share.
-_OF_A_RUN = ("seed", "output_dir", "train.warm_start", "train.keep_warm_up")
-
-
 def _comparable(config: Config) -> dict[str, Any]:
     """Settings by dotted name, without those that differ between runs of one comparison."""
-    values = dict(_leaves(configuration.to_dict(config)))
+    values = configuration.flat(configuration.to_dict(config))
     return {name: value for name, value in values.items() if name not in _OF_A_RUN}
-
-
-def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def _differing(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
@@ -161,11 +152,11 @@ def stage(run: PlannedRun) -> Stage:
 def _require_settings(run: PlannedRun, saved: Path) -> None:
     # Parsing takes seconds, and a file that was written for these very settings needs none.
     try:
-        written = dict(_leaves(yaml.safe_load(saved.read_text(encoding="utf-8"))))
+        written = configuration.flat(yaml.safe_load(saved.read_text(encoding="utf-8")))
     except (ValueError, AttributeError, yaml.YAMLError):
         written = {}  # parsing tells what is wrong with it
-    own = dict(_leaves(configuration.to_dict(run.config)))
-    shared = dict.fromkeys(("train.warm_start", "train.keep_warm_up"))
+    own = configuration.flat(configuration.to_dict(run.config))
+    shared = dict.fromkeys(_SHARING)
     if written | shared == own | shared:
         return
     found = configuration.parse(["--config", str(saved)])

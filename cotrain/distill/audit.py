@@ -30,7 +30,7 @@ METRIC = "ndcg@10"
 WEIGHTS = (0.0, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6)
 # λ_rank over the relative gain, and the most that it may be, by what is taught. A teacher's own
 # distribution pulls away from all that the student knows; a blend holds that fast, and may weigh
-# ten times as much: at 5 a student took over all that the blend of the audit gains (README).
+# ten times as much: at 5 a student took over most of what the blend of the audit gains (README).
 _LAMBDA = {"teacher": (2.5, 0.5), "blend": (250.0, 5.0)}
 _BATCH = 256
 

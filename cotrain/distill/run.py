@@ -161,16 +161,14 @@ def prepare(
         say(f"  {note}")
     check_against_data(config, data, accelerator.num_processes)
     rationales = open_rationales(config, data, say)
-    teacher, teacher_size = None, None
+    teacher = None
     if config.distill.ranker == "nearness":
         with accelerator.main_process_first():
             teacher = make_nearness(config, data, accelerator, say)
-        teacher_size = teacher.ranker.state_size
     elif config.teacher.model is not None:
         with accelerator.main_process_first():
             asked = replace(config.teacher, adapter=adapter or config.teacher.adapter)
             teacher = make_teacher(replace(config, teacher=asked), data, accelerator.device, say)
-        teacher_size = teacher.ranker.state_size
     item_text = None
     if not resume and config.train.warm_start is None:  # else they have started
         with accelerator.main_process_first():  # one process encodes, the others find it kept
@@ -181,8 +179,8 @@ def prepare(
         config.train.gbce_calibration,
     )  # fmt: skip
     state = new_state(
-        data.num_items, teacher_size, config, accelerator, item_text,
-        None if rationales is None else rationales.matched,
+        data.num_items, None if teacher is None else teacher.ranker.state_size, config,
+        accelerator, item_text, None if rationales is None else rationales.matched,
     )  # fmt: skip
     if accelerator.process_index:
         seed_everything(config.seed, accelerator.process_index)

@@ -10,8 +10,8 @@ def blend_probs(scores: Tensor, probs: Tensor, beta: float, temperature: float =
 
     Where the teacher tells nothing apart, Q is the softmax of the scores themselves; where it tells
     little apart, little is added, and where the student is sure, little is changed. (Measured in
-    spreads of each row instead, a blend of SASRec and text nearness gains a third to two thirds
-    less: README.)
+    spreads of each row instead, a blend of SASRec and text nearness gains a quarter to two
+    thirds less.)
 
     Args:
         scores: (B, K) s, of whoever is to be improved on.
