@@ -83,7 +83,7 @@ def play_round(config: Config, resume: bool) -> tuple[dict[str, Any] | None, Con
         if failure is not None:
             state.rounds[-1]["ended"] = failure
             return conclude(state, this_run), config
-    fit(state, this_run, last_epoch(config, number))
+    fit(state, this_run, config.train.round_end(number))
     if state.epoch <= config.train.warmup_epochs:  # max_steps came before the teacher
         return conclude(state, this_run), config
     state.rounds.append(record(state, config))
@@ -121,12 +121,6 @@ def adapter_in(config: Config, number: int) -> str | None:
     if number == 1:
         return config.teacher.adapter
     return str(round_folder(config, number - 1) / "teacher" / "adapter")
-
-
-def last_epoch(config: Config, number: int) -> int:
-    """Epochs done when a round ends."""
-    train = config.train
-    return train.warmup_epochs + (train.epochs - train.warmup_epochs) * number // train.rounds
 
 
 def is_over(state: CotrainState, config: Config) -> bool:

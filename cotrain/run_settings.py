@@ -135,6 +135,12 @@ class QueryConfig:
         "offline: the rows of all epochs ask before the first of them, on what the student of the "
         "warm-up proposes, and its verdicts are kept.",
     )
+    reuse: int = option(
+        1,
+        "Epochs in which a verdict teaches, the one that asks among them. 4: a quarter of the rows "
+        "ask, in every fourth epoch, whose rows and verdicts the three after it repeat.",
+        ge=1,
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -215,6 +221,10 @@ class TrainConfig:
     checkpoint_every_steps: int = option(100, "Optimizer steps between checkpoints.", ge=1)
     keep_checkpoints: int = option(2, "Latest checkpoints that are kept.", ge=1)
 
+    def round_end(self, number: int) -> int:
+        """Epochs done when a round ends, counted from 1; 0: when the first one begins."""
+        return self.warmup_epochs + (self.epochs - self.warmup_epochs) * number // self.rounds
+
 
 @dataclasses.dataclass(frozen=True)
 class TuningConfig:
@@ -293,3 +303,17 @@ class Config:
     def has_teacher(self) -> bool:
         """Whether somebody ranks the student's candidates."""
         return self.distill.ranker == "nearness" or self.teacher.model is not None
+
+    def asking_epoch(self, epoch: int) -> int:
+        """The epoch whose rows and verdicts teach in an epoch, both counted from 0: itself, or with
+        `query.reuse` one before it in the same round."""
+        train = self.train
+        if not self.has_teacher or epoch < train.warmup_epochs:
+            return epoch
+        start = max(end for n in range(train.rounds) if (end := train.round_end(n)) <= epoch)
+        return epoch - (epoch - start) % self.query.reuse
+
+    def asks(self, epoch: int) -> bool:
+        """Whether the teacher is asked about the rows of an epoch, counted from 0."""
+        taught = self.has_teacher and epoch >= self.train.warmup_epochs
+        return taught and self.asking_epoch(epoch) == epoch

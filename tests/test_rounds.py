@@ -294,7 +294,7 @@ def test_steps_that_run_out_end_the_rounds(settings: Settings, tmp_path: Path):
 
 def test_epochs_are_divided_evenly(settings: Settings, tmp_path: Path):
     config = settings(tmp_path, "--train.epochs", "12", "--train.rounds", "4")
-    assert [rounds.last_epoch(config, number) for number in range(1, 5)] == [4, 7, 9, 12]
+    assert [config.train.round_end(number) for number in range(5)] == [2, 4, 7, 9, 12]
 
 
 def test_rounds_learn_from_other_positions_of_the_same_users(undisturbed: Path, settings: Settings):

@@ -185,8 +185,7 @@ class EpochSampler(Sampler[list[tuple[int, int] | tuple[int, int, bool]]]):
         self.seed = seed
         self.rank = rank
         self.world_size = world_size
-        self.epoch = 0
-        self.first_step = 0
+        self.start_at(0)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -197,9 +196,11 @@ class EpochSampler(Sampler[list[tuple[int, int] | tuple[int, int, bool]]]):
         """(n,) the users as an epoch visits them, over all processes."""
         return np.random.default_rng((self.seed, epoch)).permutation(self.users)
 
-    def start_at(self, epoch: int, step: int = 0) -> None:
-        """Iterate next over `epoch`, from its batch `step` on."""
+    def start_at(self, epoch: int, step: int = 0, rows_of: int | None = None) -> None:
+        """Iterate next over `epoch`, from its batch `step` on; each user's row is that of the epoch
+        `rows_of`, where it is another."""
         self.epoch, self.first_step = epoch, step
+        self.rows_of = epoch if rows_of is None else rows_of
 
     def __len__(self) -> int:
         return self.steps_per_epoch - self.first_step
@@ -209,7 +210,7 @@ class EpochSampler(Sampler[list[tuple[int, int] | tuple[int, int, bool]]]):
         for step in range(self.first_step, self.steps_per_epoch):
             batch = order[step * self.batch_size : (step + 1) * self.batch_size]
             own = batch[self.rank :: self.world_size].tolist()
-            yield [(user, self.epoch) for user in own] or [(int(batch[0]), self.epoch, True)]
+            yield [(user, self.rows_of) for user in own] or [(int(batch[0]), self.rows_of, True)]
 
 
 def make_loader(dataset: SequenceDataset, sampler: EpochSampler) -> DataLoader:

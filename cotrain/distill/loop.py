@@ -99,9 +99,10 @@ def fit(state: CotrainState, run: Run, until_epoch: int | None = None) -> None:
             teacher = run.teacher if distills else None
             if teacher is not None and run.config.query.when == "offline":
                 ask_for_all_epochs(state, run, dataset, sampler, pace.total_steps, stop)
-            elif teacher is not None and state.step_in_epoch == 0:
+            elif state.step_in_epoch == 0 and run.config.asks(state.epoch):
+                state.kept = state.kept.emptied()
                 choose_users(state, run, dataset, state.epoch)
-            sampler.start_at(state.epoch, state.step_in_epoch)
+            sampler.start_at(state.epoch, state.step_in_epoch, run.config.asking_epoch(state.epoch))
             for batch in loader:
                 if state.step >= pace.total_steps:
                     break
@@ -128,6 +129,7 @@ def fit(state: CotrainState, run: Run, until_epoch: int | None = None) -> None:
                 validate(state, run)
                 if distills and (ended or run.config.distill.audit_evaluations):
                     audit_teacher(state, run)
+            state.keep_fresh()
             state.epoch += 1
             state.step_in_epoch = 0
 
@@ -208,9 +210,10 @@ def ask_for_all_epochs(
     train = run.config.train
     while (epoch := train.warmup_epochs + state.epochs_asked) < train.epochs:
         left = max(0, total_steps - epoch * sampler.steps_per_epoch)  # with train.max_steps
-        choose_users(state, run, dataset, epoch)
-        users = sampler.order(epoch)[: left * train.batch_size]
-        ask_ahead(state, run.teacher, dataset, users, epoch, run.config, run.accelerator)
+        if run.config.asks(epoch):
+            choose_users(state, run, dataset, epoch)
+            users = sampler.order(epoch)[: left * train.batch_size]
+            ask_ahead(state, run.teacher, dataset, users, epoch, run.config, run.accelerator)
         state.epochs_asked += 1
         save_checkpoint(state, run.folder, run.config, run.accelerator, run.log.num_bytes)
         if _anywhere(stop.received, run.accelerator):
@@ -300,7 +303,8 @@ class Pace:
         self.state = state
         self.epochs = train.epochs
         self.total_steps = min(train.epochs * steps_per_epoch, train.max_steps or sys.maxsize)
-        self.first_asking_step = train.warmup_epochs * steps_per_epoch
+        self.steps_per_epoch = steps_per_epoch
+        self.asking_epochs = [epoch for epoch in range(train.epochs) if run.config.asks(epoch)]
         self.rows_per_step, self.teacher_rows_per_s = 0.0, 1.0
         if run.teacher is not None:
             self.rows_per_step = run.teacher.query.rows_per_epoch / steps_per_epoch
@@ -310,6 +314,16 @@ class Pace:
         self._first_step = state.step
         self._teacher_seconds = state.meter.totals["seconds"]
         self._started = self._last = time.perf_counter()
+
+    def steps_to_ask(self) -> int:
+        """How many of the steps to come ask the teacher."""
+        if self.state.epochs_asked:
+            return 0  # it is done
+        found = 0
+        for epoch in self.asking_epochs:
+            first, end = epoch * self.steps_per_epoch, (epoch + 1) * self.steps_per_epoch
+            found += max(0, min(end, self.total_steps) - max(first, self.state.step))
+        return found
 
     def tick(self, report: dict[str, float]) -> None:
         """After each step, with what it reported."""
@@ -321,11 +335,8 @@ class Pace:
             self.teacher_rows_per_s = meter.rows_per_s
         spent = now - self._started - (meter.totals["seconds"] - self._teacher_seconds)
         per_step = spent / (state.step - self._first_step)
-        to_ask = self.total_steps - max(state.step, self.first_asking_step)
-        if state.epochs_asked:
-            to_ask = 0  # it is done
         left = per_step * (self.total_steps - state.step)
-        left += max(0, to_ask) * self.rows_per_step / self.teacher_rows_per_s
+        left += self.steps_to_ask() * self.rows_per_step / self.teacher_rows_per_s
         self.bar.set_description_str(f"epoch {state.epoch + 1}/{self.epochs}", refresh=False)
         shown = {"left": clock(left), "CE": f"{report['loss_ce']:.3f}"}
         if "loss_rank" in report:

@@ -120,6 +120,7 @@ def _teacher(state: CotrainState, run: Run, meter: TeacherMeter) -> dict[str, An
             "policy": run.config.query.policy,
             "when": run.config.query.when,
             "rows_per_epoch": run.teacher.query.rows_per_epoch,
+            "reuse": run.config.query.reuse,
         },
         "target": run.config.distill.target,
         "blend_beta": state.blend_beta if run.config.distill.target == "blend" else None,

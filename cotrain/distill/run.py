@@ -429,7 +429,7 @@ def say_plan(
     say(f"Student: {type(state.student.bare).__name__}, {parameters / 1e6:.2f} M parameters{start}")
     plan = f"Plan: {train.epochs} epochs of {train.loss}, without a teacher"
     if teacher is not None:
-        asked = teacher.query.rows_per_epoch * (train.epochs - train.warmup_epochs)
+        asked = teacher.query.rows_per_epoch * sum(map(config.asks, range(train.epochs)))
         asked += config.teacher.calibration_rows
         plan = (
             f"Plan: {train.warmup_epochs} epochs of {train.loss}, then "

@@ -14,7 +14,7 @@ from cotrain.config import Config
 from cotrain.distill.alignment import Projector
 from cotrain.distill.learner import Learner, fork_control, make_learner
 from cotrain.distill.meters import TeacherMeter
-from cotrain.distill.verdicts import KeptVerdicts
+from cotrain.distill.verdicts import Judged, KeptVerdicts
 from cotrain.errors import CheckpointError
 from cotrain.rationale.head import new_head
 from cotrain.rationale.store import MatchedRationales
@@ -42,7 +42,9 @@ class CotrainState:
         blend_beta: β of the blend that the ranking loss teaches; where the audit fits it, 0 before.
         asking: (n,) int64 users that ask in the running epoch, where the student chose them.
         started: Whether what distills has started.
-        kept: Verdicts on rows that asked ahead, of the first `epochs_asked` epochs that distill.
+        kept: Verdicts that are to teach in later epochs; where rows ask ahead, those on the first
+            `epochs_asked` epochs that distill.
+        fresh: Of the running epoch's steps, those that `kept` is to take: users and verdicts.
         epochs_asked: How many have asked ahead.
         audits: What each audit of the teacher found, with its step and epoch.
         rounds: What became of each round that ended, where `train.rounds` asks for several.
@@ -62,6 +64,7 @@ class CotrainState:
     asking: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
     started: bool = False
     kept: KeptVerdicts = field(default_factory=lambda: KeptVerdicts.none(0, 0))
+    fresh: list[tuple[Tensor, Judged]] = field(default_factory=list)
     epochs_asked: int = 0
     audits: list[dict[str, Any]] = field(default_factory=list)
     rounds: list[dict[str, Any]] = field(default_factory=list)
@@ -75,6 +78,12 @@ class CotrainState:
     def learners(self) -> list[Learner]:
         """Student, and control where there is one."""
         return [self.student] + ([self.control] if self.control else [])
+
+    def keep_fresh(self) -> None:
+        """Put the running epoch's verdicts to those that are kept, all at once: they are sorted."""
+        if self.fresh:
+            self.kept = self.kept.and_of(self.fresh, self.epoch)
+            self.fresh = []
 
 
 def new_state(
@@ -148,6 +157,7 @@ def save_checkpoint(
     Raises:
         CheckpointError: On every process, if the disk refused.
     """
+    state.keep_fresh()
     own: dict[str, Any] = {
         "random": all_states(accelerator.device), "meter": state.meter.state_dict(),
     }  # fmt: skip
@@ -161,7 +171,7 @@ def save_checkpoint(
         weights = {}
         if state.projector is not None:
             weights["projector"] = state.projector.state_dict()
-        if state.epochs_asked:
+        if len(state.kept.key):
             weights["verdicts"] = state.kept.state_dict()
         learners = {}
         for learner in state.learners:

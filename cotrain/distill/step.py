@@ -25,6 +25,7 @@ from cotrain.distill.targets import blend_probs
 from cotrain.distill.verdicts import Judged
 from cotrain.errors import CotrainError
 from cotrain.runtime.seeding import replayed, torch_state
+from cotrain.runtime.tracking import gather
 from cotrain.student.losses import TrainingLoss
 from cotrain.student.protocol import StudentOutput
 from cotrain.student.retrieval import Candidates, retrieve
@@ -160,17 +161,19 @@ def let_judge(
     """Verdicts on a whole batch, where the student is; a collective.
 
     Args:
-        state: Gives the student, and verdicts that were kept; its meter and the projector's moments
-            change.
+        state: Gives the student, and verdicts that were kept, and keeps those that later epochs
+            repeat; its meter and the projector's moments change.
         batch: This process's rows, on the CPU, where prompts are made.
         teacher: Who is asked, and which rows ask.
         config: Whether the teacher is asked now; confidence.
         accelerator: Device and collectives.
     """
-    if config.query.when == "offline":
-        judged = state.kept.of_batch(batch, state.epoch)
+    if config.query.when == "offline" or not config.asks(state.epoch):
+        judged = state.kept.of_batch(batch, config.asking_epoch(state.epoch))
     else:
         judged = ask(state, batch, teacher, state.epoch, config, accelerator)
+        if not config.asks(state.epoch + 1):
+            state.fresh += gather((batch.user_index, judged))
     judged = judged.to(accelerator.device)
     assert state.projector is not None  # there is a teacher
     state.projector.observe(

@@ -42,7 +42,7 @@ class Judged:
 
 @dataclass(frozen=True)
 class KeptVerdicts:
-    """Verdicts on N rows, which teach in the epoch that each was asked for.
+    """Verdicts on N rows, by the epoch whose rows they are.
 
     Attributes:
         key: (N,) int64, ascending: epoch × 2³² + user.
@@ -60,6 +60,10 @@ class KeptVerdicts:
         return KeptVerdicts(
             ids.new_zeros(0), Judged(ids, ids.float(), states, valid, torch.zeros(0))
         )
+
+    def emptied(self) -> "KeptVerdicts":
+        """None, of the same shapes."""
+        return KeptVerdicts(self.key[:0], self.judged.rows(slice(0)))
 
     def and_of(self, parts: Sequence[tuple[Tensor, Judged]], epoch: int) -> "KeptVerdicts":
         """These, and what is valid of the verdicts on (n,) users each in another epoch."""

@@ -79,6 +79,12 @@ def answer_rows(teacher: dict[str, Any]) -> list[tuple[str, str, str, str]]:
     return [row for row in rows if row[1] != NONE]
 
 
+def _reuse(epochs: int) -> tuple[str, str]:
+    if epochs == 1:
+        return "in one epoch", "the one it is asked in"
+    return f"in {epochs} epochs", "only the first of them asks; the others repeat its rows"
+
+
 def _asking_rows(teacher: dict[str, Any]) -> list[Row]:
     """How it is asked."""
     get = teacher.get
@@ -89,6 +95,7 @@ def _asking_rows(teacher: dict[str, Any]) -> list[Row]:
         ("Who asks", policy, _POLICIES.get(policy, "")),
         ("When", str(query.get("when", NONE)), _WHEN.get(str(query.get("when")), "")),
         ("Rows an epoch", number(query.get("rows_per_epoch")), "by that policy"),
+        ("A verdict teaches", *_reuse(query.get("reuse", 1))),
         ("Mode", str(get("mode", NONE)), "how the verdict is read"),
         ("Decision state", str(get("decision_position", NONE)), "position it is taken from"),
         ("Identifiers", str(get("identifiers", NONE)), "what candidates are called in the prompt"),

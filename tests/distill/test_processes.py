@@ -185,17 +185,21 @@ def test_losses_hardly_drift(ways: dict[str, Path], way: str):
     assert max(drifts.values()) < DRIFT
 
 
-def test_asking_ahead_is_the_same_for_two_processes(arguments: list[str], tmp_path: Path):
+@pytest.mark.parametrize(
+    ("options", "count"), [(["--query.when", "offline"], 2 * 28), (["--query.reuse", "2"], 28)]
+)
+def test_kept_verdicts_are_the_same_for_two_processes(
+    arguments: list[str], tmp_path: Path, options: list[str], count: int
+):
     folders, jobs = [tmp_path / name for name in ("one", "two")], []
     for processes, folder in enumerate(folders, start=1):
-        own = ["--output_dir", str(folder / "run"), "--student.dropout", "0",
-               "--query.when", "offline"]  # fmt: skip
+        own = ["--output_dir", str(folder / "run"), "--student.dropout", "0", *options]
         record = str(folder / "answers")
         jobs.append(job(folder / "logs", processes, ON_CPU, *arguments, *own, record=record))
     for result, its in zip(run_jobs(jobs, tmp_path), jobs, strict=True):
         assert set(result["codes"]) == {0}, said(its)
     one, two = (answers(folder / "answers") for folder in folders)
-    assert len(one) == 2 * 28
+    assert len(one) == count
     assert one == two
     for ours, theirs in zip(*(train_rows(folder / "run") for folder in folders), strict=True):
         assert ours.keys() == theirs.keys()
