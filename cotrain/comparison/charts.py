@@ -12,6 +12,7 @@ from cotrain.evaluation.drawing import PALETTE, STYLE, Chart
 from cotrain.evaluation.drawing import _svg as as_svg
 
 _ROW = 0.34
+_BUDGETS = ("query.fraction", "query.reuse")  # how many rows ask
 
 
 def draw_charts(result: dict[str, Any]) -> list[Chart]:
@@ -94,9 +95,10 @@ def _rows_chart(result: dict[str, Any]) -> Chart | None:
     figure = Figure(figsize=(4.9, 3.1), layout="constrained")
     axes = figure.add_subplot()
     axes.axhline(0, color=PALETTE["control"], lw=1.3, ls=(0, (3, 2)), zorder=2)
-    for curve in _by_budget(result, found):
-        points = sorted((found[name][0], found[name][1]["absolute"]) for name in curve)
-        axes.plot(*zip(*points, strict=True), lw=1.3, color=PALETTE["student"], alpha=0.6)
+    for knob in _BUDGETS:
+        for curve in _alike_but(result, found, knob):
+            points = sorted((found[name][0], found[name][1]["absolute"]) for name in curve)
+            axes.plot(*zip(*points, strict=True), lw=1.3, color=PALETTE["student"], alpha=0.6)
     for name, (rows, against) in found.items():
         axes.plot([rows] * 2, against["ci95"], lw=1.3, color=PALETTE["student"], alpha=0.35)
         axes.plot([rows], [against["absolute"]], "o", ms=5, color=PALETTE["student"], mew=0)
@@ -108,17 +110,17 @@ def _rows_chart(result: dict[str, Any]) -> Chart | None:
     return Chart(
         "results", title,
         f"Difference to {result['baseline']} on test, with 95 % intervals over users. Arms that "
-        "differ in nothing but query.fraction are joined.",
+        f"differ in nothing but {' or '.join(_BUDGETS)} are joined.",
         as_svg(figure, title),
     )  # fmt: skip
 
 
-def _by_budget(result: dict[str, Any], names: Collection[str]) -> list[list[str]]:
-    """Names of arms that only differ in how many rows ask."""
+def _alike_but(result: dict[str, Any], names: Collection[str], knob: str) -> list[list[str]]:
+    """Names of arms that differ in one setting only."""
     groups: dict[str, list[str]] = {}
     for name in names:
         settings = result["arms"][name]["settings"]
-        others = {key: value for key, value in settings.items() if key != "query.fraction"}
+        others = {key: value for key, value in settings.items() if key != knob}
         groups.setdefault(repr(sorted(others.items())), []).append(name)
     return list(groups.values())
 

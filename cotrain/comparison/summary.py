@@ -16,6 +16,7 @@ from cotrain.evaluation.metrics import per_user_metric
 from cotrain.evaluation.slices import slices_of
 
 _POINT = 0.001
+_FEWER = 0.95  # of the rows of another arm
 METRICS = (PRIMARY, "recall@10", "mrr")
 # Results of one arm, by seed.
 BySeed = dict[int, RunResult]
@@ -46,6 +47,7 @@ def summarise(
     for name, p_value in zip(compared, raised, strict=True):
         arms[name]["against_baseline"][PRIMARY]["p_holm"] = p_value
         arms[name]["per_point"] = _per_point(arms[name])
+        arms[name]["frugal"] = _frugal(name, arms, by_arm, plan)
     base = configuration.to_dict(plan.base)
     return {
         "name": data.name,
@@ -91,6 +93,7 @@ def _arm(name: str, plan: Plan, by_arm: dict[str, BySeed]) -> dict[str, Any]:
         "teacher_rows": _mean(own, lambda one: (one.report["teacher"] or {}).get("rows_asked", 0)),
         "teacher_seconds": _mean(own, lambda one: (one.report["teacher"] or {}).get("seconds", 0)),
         "per_point": None,
+        "frugal": None,
         "rationale_rows": _mean(
             own, lambda one: (one.report.get("rationales") or {}).get("rows", 0)
         ),
@@ -123,6 +126,35 @@ def _per_point(arm: dict[str, Any]) -> dict[str, float] | None:
         return None
     points = gain / _POINT
     return {"rows": arm["teacher_rows"] / points, "seconds": arm["teacher_seconds"] / points}
+
+
+def _frugal(
+    name: str, arms: dict[str, Any], by_arm: dict[str, BySeed], plan: Plan
+) -> dict[str, Any] | None:
+    """What is left of the gain of the arm that asks most, of those that differ in nothing but
+    `query.…`; None for that arm itself, and for one that asks about as many rows."""
+
+    def others(of: str) -> dict[str, Any]:
+        settings = arms[of]["settings"].items()
+        return {key: value for key, value in settings if not key.startswith("query.")}
+
+    alike = [of for of in arms if arms[of]["against_baseline"] and others(of) == others(name)]
+    most = max(alike, key=lambda of: arms[of]["teacher_rows"])
+    rows = arms[name]["teacher_rows"]
+    if not rows or rows > _FEWER * arms[most]["teacher_rows"]:
+        return None
+    values = _difference(by_arm[name], by_arm[most], PRIMARY, plan, None)
+    if values is None:
+        return None
+    gain, whole = (arms[of]["against_baseline"][PRIMARY] for of in (name, most))
+    clear = whole["ci95"][0] > 0
+    return {
+        "of": most,
+        "rows": rows / arms[most]["teacher_rows"],
+        "kept": gain["absolute"] / whole["absolute"] if clear else None,
+        **values.users.as_dict(),
+        "over_seeds": asdict(values.seeds),
+    }
 
 
 def _live_offline(by_arm: dict[str, BySeed], plan: Plan) -> dict[str, Any] | None:

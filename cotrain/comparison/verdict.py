@@ -76,6 +76,7 @@ def verdict(result: dict[str, Any]) -> Verdict:
     ]
     if result.get("live_offline"):
         findings.append(_live_offline(result["live_offline"]))
+    findings += [_frugal(name, of["frugal"]) for name, of in compared.items() if of.get("frugal")]
     several = f", p corrected for {len(compared)} arms (Holm)" if len(compared) > 1 else ""
     return Verdict(
         tone, headline,
@@ -158,6 +159,20 @@ def _live_offline(against: dict[str, Any]) -> str:
         text += f"; over seeds {signed(seeds[0])} to {signed(seeds[1])}"
     rows = against["rows"]
     return f"{text}; with {number(round(rows['live']))} and {number(round(rows['offline']))} rows."
+
+
+def _frugal(name: str, found: dict[str, Any]) -> str:
+    low, high = found["ci95"]
+    kept = found["kept"]
+    gain = "" if kept is None else f" and keeps {percent(kept, 0)} of what that gains"
+    text = (
+        f"{name} asks {percent(found['rows'], 0)} of the rows of {found['of']}{gain}: "
+        f"{signed(found['absolute'])} to it, over users {signed(low)} to {signed(high)}"
+    )
+    seeds = found["over_seeds"]["ci95"]
+    if seeds is None:
+        return f"{text}."
+    return f"{text}, over seeds {signed(seeds[0])} to {signed(seeds[1])}."
 
 
 def _limits(result: dict[str, Any], compared: dict[str, Any]) -> list[str]:

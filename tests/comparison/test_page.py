@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from jinja2 import UndefinedError
 
-from cotrain.comparison.charts import _by_budget
+from cotrain.comparison.charts import _alike_but
 from cotrain.comparison.page import console_table, write
 from cotrain.comparison.runs import Failure
 from cotrain.comparison.summary import summarise
@@ -111,8 +111,10 @@ def test_the_files_hold_the_result_and_the_verdict(result: Result, tmp_path: Pat
 def test_gains_are_drawn_by_the_rows_that_were_asked_for_them(
     plan, data, run_result, tmp_path: Path
 ):
-    made = plan("ce,ranking", 1, vary=("query.fraction=0.05,0.2", "query.policy=entropy"))
-    rows = dict(zip(made.arms, (0, 30, 15, 60, 30), strict=True))
+    made = plan(
+        "ce,ranking", 1, vary=("query.fraction=0.05,0.2", "query.policy=entropy", "query.reuse=3")
+    )
+    rows = dict(zip(made.arms, (0, 30, 15, 60, 30, 10), strict=True))
     results = [
         run_result(run, np.random.default_rng(rows[run.arm]).integers(1, 40, 60),
                    teacher={"rows_asked": rows[run.arm], "seconds": 5.0})
@@ -123,10 +125,10 @@ def test_gains_are_drawn_by_the_rows_that_were_asked_for_them(
     assert "by rows that asked the teacher" in found.words
     assert "For each +.001 of NDCG@10" in found.words
     assert html.count("ranking+fraction=0.2") > 2
-    curves = _by_budget(result, made.arms[1:])
-    assert curves == [
-        ["ranking", "ranking+fraction=0.05", "ranking+fraction=0.2"], ["ranking+policy=entropy"]
-    ]  # fmt: skip
+    taught, fractions = made.arms[1:], ["ranking", "ranking+fraction=0.05", "ranking+fraction=0.2"]
+    assert _alike_but(result, taught, "query.fraction")[0] == fractions
+    reused = ["ranking", "ranking+reuse=3"]
+    assert _alike_but(result, taught, "query.reuse")[0] == reused
     # One number of rows is no curve.
     same = [run_result(one.run, one.ranks, teacher={"rows_asked": 9, "seconds": 1.0})
             for one in results]  # fmt: skip
@@ -198,7 +200,7 @@ def test_the_page_shows_the_comparison(make: Make, tmp_path: Path):
     result["equal_terms"] |= {"twins": 5, "same": 3, "other_epoch": 1, "differ": 1}
     against = result["arms"]["logit_kd"]["against_baseline"]["ndcg@10"]
     point = result["arms"]["logit_kd"]["per_point"]
-    cost = f"{number(point['rows'], 1)} rows, {duration(point['seconds'])}"
+    cost = f"{number(round(point['rows']))} rows, {duration(point['seconds'])}"
     html, parsed = page(result, tmp_path)
     found = verdict(result)
     for line in (f"{found.headline}.", *found.findings, *found.limits):

@@ -109,6 +109,33 @@ def test_asking_live_and_once_are_compared_with_each_other(plan, run_result, dat
     assert summarise(made, alone, [], data, [])["live_offline"] is None
 
 
+def test_what_fewer_rows_keep_of_a_gain(plan, run_result, data: InteractionData):
+    made = plan("ce,logit_kd,ranking", 1, vary=("query.reuse=4", "distill.lambda_rank=2"))
+    ce, kd, ranking, reused, other = made.arms
+    of = {ce: (hits(20), 0), kd: (hits(30), 8), ranking: (hits(40), 80), reused: (hits(35), 20),
+          other: (hits(40), 10)}  # fmt: skip
+
+    def frugal() -> dict[str, Any]:
+        results = [
+            run_result(run, of[run.arm][0], teacher={"rows_asked": of[run.arm][1], "seconds": 1.0})
+            for run in made.runs
+        ]
+        arms = summarise(made, results, [], data, [])["arms"]
+        return {name: arm["frugal"] for name, arm in arms.items() if arm["frugal"]}
+
+    # Only what differs by query.… alone is held against each other.
+    found = frugal()
+    assert list(found) == [reused]
+    assert (found[reused]["of"], found[reused]["rows"]) == (ranking, 0.25)
+    assert found[reused]["kept"] == pytest.approx(15 / 20)
+    assert found[reused]["absolute"] == pytest.approx(-5 / 60)
+    # Of a gain that may be none, no share is kept.
+    of[ranking] = (hits(21), 80)
+    assert frugal()[reused]["kept"] is None
+    of[reused] = (hits(35), 79)
+    assert not frugal()
+
+
 def test_p_values_are_raised_over_all_arms(summed: Summarise):
     runs = {
         ("ce", 0): hits(30),

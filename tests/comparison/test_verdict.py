@@ -70,6 +70,22 @@ def test_live_and_once_are_told_apart_in_a_sentence(users: Interval, words: str)
     assert sentence.endswith("with 1,200 and 1,200 rows.")
 
 
+def test_what_fewer_rows_keep_is_said():
+    found = result(ranking=OF["better"], fewer=OF["open"])
+    found["arms"]["fewer"]["frugal"] = against(AROUND) | {"of": "ranking", "rows": 0.2, "kept": 0.9}
+    expected = (
+        "fewer asks 20 % of the rows of ranking and keeps 90 % of what that gains: +0.0050 to it, "
+        "over users −0.0200 to +0.0300."
+    )
+    assert verdict(found).findings[-1] == expected
+    found["arms"]["fewer"]["frugal"] |= {"kept": None, "over_seeds": {"ci95": AROUND}}
+    expected = (
+        "fewer asks 20 % of the rows of ranking: +0.0050 to it, over users −0.0200 to +0.0300, "
+        "over seeds −0.0200 to +0.0300."
+    )
+    assert verdict(found).findings[-1] == expected
+
+
 @pytest.mark.parametrize(
     ("users", "seeds", "p", "expected"),
     [
