@@ -117,7 +117,7 @@ def test_a_run_asks_by_its_policy_and_chooses_again_each_epoch(prepared: Prepare
     assert state.meter.totals["rows_asked"] == 60
     report = finish(state, run)
     assert report["teacher"]["query"] == {
-        "policy": policy, "when": "live", "rows_per_epoch": 30,
+        "policy": policy, "when": "live", "rows_per_epoch": 30, "reuse": 1,
     }  # fmt: skip
     assert policy.replace("_", "-") in (run.folder / "report.html").read_text("utf-8")
 
