@@ -168,11 +168,12 @@ def let_judge(
         config: Whether the teacher is asked now; confidence.
         accelerator: Device and collectives.
     """
-    if config.query.when == "offline" or not config.asks(state.epoch):
-        judged = state.kept.of_batch(batch, config.asking_epoch(state.epoch))
+    epoch = config.asking_epoch(state.epoch)
+    if config.query.when == "offline" or epoch < state.epoch:
+        judged = state.kept.of_batch(batch, epoch)
     else:
-        judged = ask(state, batch, teacher, state.epoch, config, accelerator)
-        if not config.asks(state.epoch + 1):
+        judged = ask(state, batch, teacher, epoch, config, accelerator)
+        if config.asking_epoch(state.epoch + 1) == epoch:
             state.fresh += gather((batch.user_index, judged))
     judged = judged.to(accelerator.device)
     assert state.projector is not None  # there is a teacher
