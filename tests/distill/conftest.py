@@ -1,5 +1,7 @@
 """Runs on few users with a tiny teacher."""
 
+import os
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -9,7 +11,8 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from cotrain.config import parse
-from cotrain.distill.loop import Run
+from cotrain.distill.loop import Interrupted, Pace, Run, fit
+from cotrain.distill.outcome import finish
 from cotrain.distill.run import prepare
 from cotrain.distill.state import CotrainState
 from cotrain.runtime import tracking
@@ -48,6 +51,42 @@ def prepared(
 
     yield build
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def fit_until(monkeypatch: pytest.MonkeyPatch) -> Callable[[CotrainState, Run, int], None]:
+    """Trains, and stops a run as Ctrl-C does, behind a step."""
+
+    def stopped(state: CotrainState, run: Run, step: int) -> None:
+        tick = Pace.tick
+
+        def interrupting(pace: Pace, report: dict[str, float]) -> None:
+            tick(pace, report)
+            if pace.state.step == step:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(Pace, "tick", interrupting)
+            with pytest.raises(Interrupted):
+                fit(state, run)
+
+    return stopped
+
+
+@pytest.fixture(scope="session")
+def results() -> Callable[[CotrainState, Run], dict[str, Any]]:
+    """All that a finished run found out, without its times."""
+    kept = ("student", "control", "lift", "shipped", "effective_rank", "slices", "examples")
+    counts = ("rows_asked", "rows_valid", "before_calibration")
+
+    def found(state: CotrainState, run: Run) -> dict[str, Any]:
+        report = finish(state, run)
+        rows = [{k: v for k, v in row.items() if "_per_s" not in k} for row in run.log.rows()]
+        return {key: report.get(key) for key in kept} | {
+            "rows": rows, "counts": [(report["teacher"] or {}).get(key) for key in counts],
+        }  # fmt: skip
+
+    return found
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ import torch
 
 from cotrain.data.batches import EpochSampler, SequenceBatch, SequenceDataset, collate
 from cotrain.distill import loop
-from cotrain.distill.loop import Interrupted, Pace, Run, fit
+from cotrain.distill.loop import Interrupted, Run, fit
 from cotrain.distill.outcome import finish
 from cotrain.distill.querying import Teacher
 from cotrain.distill.run import prepare
@@ -19,6 +19,8 @@ from cotrain.distill.step import propose
 from cotrain.distill.verdicts import Judged, KeptVerdicts
 
 Prepare = Callable[..., tuple[CotrainState, Run]]
+FitUntil = Callable[[CotrainState, Run, int], None]
+Results = Callable[[CotrainState, Run], dict[str, Any]]
 OFFLINE = ["--query.when", "offline"]
 
 
@@ -111,20 +113,13 @@ def test_the_verdicts_are_on_what_the_warm_student_proposed(
     assert report["teacher"]["rows_asked"] == 60
 
 
-def results(state: CotrainState, run: Run) -> dict[str, Any]:
-    """All that a finished run found out, without its times."""
-    report = finish(state, run)
-    rows = [{k: v for k, v in row.items() if "_per_s" not in k} for row in run.log.rows()]
-    kept = ("student", "control", "lift", "shipped", "effective_rank", "slices", "examples")
-    counts = ("rows_asked", "rows_valid", "before_calibration")
-    return {key: report[key] for key in kept} | {
-        "rows": rows, "counts": [report["teacher"][key] for key in counts]
-    }  # fmt: skip
-
-
 @pytest.mark.parametrize("moment", ["asking", "training"])
 def test_an_interrupted_run_asks_nothing_twice_and_ends_to_the_bit_like_one_left_alone(
-    prepared: Prepare, monkeypatch: pytest.MonkeyPatch, moment: str
+    prepared: Prepare,
+    fit_until: FitUntil,
+    results: Results,
+    monkeypatch: pytest.MonkeyPatch,
+    moment: str,
 ):
     options = [*OFFLINE, "--query.policy", "margin", "--distill.target", "blend",
                "--distill.blend_beta", "0.4"]  # fmt: skip
@@ -133,24 +128,19 @@ def test_an_interrupted_run_asks_nothing_twice_and_ends_to_the_bit_like_one_left
     undisturbed = results(state, run)
 
     first, broken = prepared(*options)
-    asked, tick = loop.ask_ahead, Pace.tick
+    asked = loop.ask_ahead
 
     def interrupted_asking(*arguments: Any) -> None:
         asked(*arguments)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    def interrupted_training(pace: Pace, report: dict[str, float]) -> None:
-        tick(pace, report)
-        if pace.state.step == 6:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    with monkeypatch.context() as patched:
-        if moment == "asking":
+    if moment == "training":
+        fit_until(first, broken, 6)
+    else:
+        with monkeypatch.context() as patched:
             patched.setattr(loop, "ask_ahead", interrupted_asking)
-        else:
-            patched.setattr(Pace, "tick", interrupted_training)
-        with pytest.raises(Interrupted):
-            fit(first, broken)
+            with pytest.raises(Interrupted):
+                fit(first, broken)
     assert (first.step, first.epochs_asked) == ((4, 1) if moment == "asking" else (6, 2))
     again, resumed = prepare(broken.config, resume=True)
     assert again.kept.key.equal(first.kept.key)

@@ -1,9 +1,6 @@
 """Whom a student lets ask: by hand, whatever the processes, and exactly so after a resume."""
 
-import os
-import signal
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +10,7 @@ import torch.nn.functional as F
 from cotrain.data.batches import SequenceDataset
 from cotrain.distill import choosing
 from cotrain.distill.choosing import chosen_by_student
-from cotrain.distill.loop import Interrupted, Pace, Run, fit
+from cotrain.distill.loop import Pace, Run, fit
 from cotrain.distill.outcome import finish
 from cotrain.distill.querying import Policy, Query
 from cotrain.distill.run import prepare
@@ -123,23 +120,13 @@ def test_a_run_asks_by_its_policy_and_chooses_again_each_epoch(prepared: Prepare
 
 
 def test_a_run_resumed_within_an_epoch_asks_whom_it_had_chosen(
-    prepared: Prepare, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    prepared: Prepare, fit_until: Callable[[CotrainState, Run, int], None]
 ):
     options = ["--query.policy", "entropy"]
     state, run = prepared(*options)
     fit(state, run)
     first, broken = prepared(*options)
-    tick = Pace.tick
-
-    def interrupting(pace: Pace, report: dict[str, float]) -> None:
-        tick(pace, report)
-        if pace.state.step == 6:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Pace, "tick", interrupting)
-        with pytest.raises(Interrupted):
-            fit(first, broken)
+    fit_until(first, broken, 6)
     again, resumed = prepare(broken.config, resume=True)
     assert again.asking.equal(first.asking)
     assert len(again.asking) == 30

@@ -2,9 +2,7 @@
 
 import hashlib
 import math
-import os
 import shutil
-import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,7 @@ from torch import nn
 from cotrain.config import parse
 from cotrain.data.batches import EpochSampler, SequenceBatch, SequenceDataset, make_loader
 from cotrain.distill.learner import fork_control
-from cotrain.distill.loop import Interrupted, Pace, Run, fit
+from cotrain.distill.loop import Run, fit
 from cotrain.distill.losses import listnet_sum
 from cotrain.distill.outcome import finish
 from cotrain.distill.querying import Teacher
@@ -31,6 +29,8 @@ from cotrain.student.sasrec import SASRec
 from cotrain.teacher.ranker import RankLLM
 
 Prepare = Callable[..., tuple[CotrainState, Run]]
+FitUntil = Callable[[CotrainState, Run, int], None]
+Results = Callable[[CotrainState, Run], dict[str, Any]]
 
 
 def teacher_of(run: Run) -> Teacher:
@@ -232,14 +232,6 @@ def test_a_run_resumed_at_its_last_step_still_validates_it(prepared: Prepare, ma
 # ---- without a teacher --------------------------------------------------------------------------
 
 
-def results(state: CotrainState, run: Run) -> dict[str, Any]:
-    """All that a finished run found out, without its times."""
-    report = finish(state, run)
-    kept = ("student", "control", "lift", "shipped", "effective_rank", "slices")
-    rows = [{k: v for k, v in row.items() if "_per_s" not in k} for row in run.log.rows()]
-    return {key: report[key] for key in kept} | {"rows": rows}
-
-
 def test_a_student_alone_trains_is_evaluated_and_reported(prepared: Prepare):
     # As many epochs of warm-up as of training, which a run with a teacher refuses.
     state, run = prepared("--teacher.model", "none", "--train.warmup_epochs", "3")
@@ -278,24 +270,14 @@ def test_a_student_alone_starts_like_one_with_a_teacher(prepared: Prepare):
     ids=["alone", "alone and lazy", "taught and lazy", "a blend"],
 )  # fmt: skip
 def test_an_interrupted_run_ends_to_the_bit_like_one_left_alone(
-    prepared: Prepare, monkeypatch: pytest.MonkeyPatch, options: list[str]
+    prepared: Prepare, fit_until: FitUntil, results: Results, options: list[str]
 ):
     state, run = prepared(*options)
     fit(state, run)
     undisturbed = fingerprint(state.student.model), results(state, run)
 
     first, broken = prepared(*options)
-    tick = Pace.tick
-
-    def interrupting(pace: Pace, report: dict[str, float]) -> None:
-        tick(pace, report)
-        if pace.state.step == 6:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Pace, "tick", interrupting)
-        with pytest.raises(Interrupted):
-            fit(first, broken)
+    fit_until(first, broken, 6)
     assert first.step == 6
     again, resumed = prepare(broken.config, resume=True)
     assert again.step == 6

@@ -1,7 +1,5 @@
 """Verdicts that teach in several epochs: the same rows again, asked about once."""
 
-import os
-import signal
 from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +9,7 @@ import pytest
 from cotrain.config import parse
 from cotrain.data.batches import PADDING, SequenceBatch
 from cotrain.distill import step
-from cotrain.distill.loop import Interrupted, Pace, Run, fit
+from cotrain.distill.loop import Pace, Run, fit
 from cotrain.distill.outcome import finish
 from cotrain.distill.run import prepare
 from cotrain.distill.state import CotrainState
@@ -19,6 +17,8 @@ from cotrain.distill.verdicts import Judged
 from cotrain.runtime import checkpoint
 
 Prepare = Callable[..., tuple[CotrainState, Run]]
+FitUntil = Callable[[CotrainState, Run, int], None]
+Results = Callable[[CotrainState, Run], dict[str, Any]]
 # Of a user in an epoch: the history behind which the teacher was asked, and about what.
 Taught = dict[int, dict[int, tuple[list[int], list[int], list[float]]]]
 
@@ -86,39 +86,19 @@ def test_without_it_no_verdict_is_kept(prepared: Prepare):
     assert "verdicts" not in checkpoint.load_latest(run.folder)[0]
 
 
-def results(state: CotrainState, run: Run) -> dict[str, Any]:
-    """All that a finished run found out, without its times."""
-    report = finish(state, run)
-    rows = [{k: v for k, v in row.items() if "_per_s" not in k} for row in run.log.rows()]
-    kept = ("student", "control", "lift", "shipped", "effective_rank", "slices", "examples")
-    return {key: report[key] for key in kept} | {
-        "rows": rows, "asked": report["teacher"]["rows_asked"],
-    }  # fmt: skip
-
-
 @pytest.mark.parametrize("stop_at", [6, 10], ids=["asking", "repeating"])
 def test_an_interrupted_run_asks_nothing_twice_and_ends_to_the_bit_like_one_left_alone(
-    prepared: Prepare, monkeypatch: pytest.MonkeyPatch, stop_at: int
+    prepared: Prepare, fit_until: FitUntil, results: Results, stop_at: int
 ):
     options = ["--query.policy", "margin", "--distill.target", "blend",
                "--distill.blend_beta", "0.4", "--query.reuse", "3"]  # fmt: skip
     state, run = prepared(*options)
     fit(state, run)
     undisturbed = results(state, run)
-    assert undisturbed["asked"] == 30
+    assert undisturbed["counts"][0] == 30
 
     first, broken = prepared(*options)
-    tick = Pace.tick
-
-    def interrupted(pace: Pace, report: dict[str, float]) -> None:
-        tick(pace, report)
-        if pace.state.step == stop_at:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Pace, "tick", interrupted)
-        with pytest.raises(Interrupted):
-            fit(first, broken)
+    fit_until(first, broken, stop_at)
     again, resumed = prepare(broken.config, resume=True)
     assert len(again.kept.key) == len(first.kept.key) > 0
     fit(again, resumed)
