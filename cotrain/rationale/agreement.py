@@ -1,6 +1,7 @@
 """Whether the reasons that are found fit what is recommended, against reasons drawn at random."""
 
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,10 +14,11 @@ from cotrain.rationale.explain import Explainer
 
 @dataclass(frozen=True)
 class Agreement:
-    """How often a reason's source item shares a category with the recommended item.
+    """How often a reason's source item shares a category with the recommended item, one that at
+    most half of the items have: every item of Amazon Beauty is in "Beauty".
 
-    All arrays are (U,) float64: of each user the share among the recommended items that have a
-    category.
+    All arrays are (U,) float64: of each user the share among the recommended items that have
+    such a category.
 
     Attributes:
         users: (U,) int64 index of the users.
@@ -90,14 +92,15 @@ def measure_agreement(
         seed: Of users and rationales drawn.
 
     Raises:
-        DataError: The items have no categories, or no user can be judged.
+        DataError: The items have no categories that tell them apart, or no user can be judged.
     """
     data, draw = explainer.data, np.random.default_rng(seed)
-    categories = [frozenset(text.split("|")) - {""} for text in data.catalog.categories]
+    categories = _telling_categories(data.catalog.categories)
     if not any(categories):
         raise DataError(
-            f"The items of {data.name!r} have no categories, so nothing can be said about whether "
-            "reasons fit recommendations. Name them with --data.categories_column."
+            f"The items of {data.name!r} have no categories, or only such as more than half of "
+            "them have, so nothing can be said about whether reasons fit recommendations. Name "
+            "others with --data.categories_column."
         )
     users = data.evaluated_users("test")
     if len(users) > limit:
@@ -121,6 +124,15 @@ def measure_agreement(
     return Agreement(
         np.array(judged), nearest, nearest_random, shown, shown_random, k, pool, exclude_own
     )
+
+
+def _telling_categories(joined: Sequence[str]) -> list[frozenset[str]]:
+    """Of each item the categories, without those of more than half of the items that have any."""
+    categories = [frozenset(text.split("|")) - {""} for text in joined]
+    counts = Counter(name for names in categories for name in names)
+    most = sum(map(bool, categories)) / 2
+    common = {name for name, count in counts.items() if count > most}
+    return [names - common for names in categories]
 
 
 def _shares(

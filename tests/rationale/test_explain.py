@@ -343,6 +343,22 @@ def test_without_categories_there_is_no_agreement(make_explainer, small_data):
         measure_agreement(explainer)
 
 
+def test_a_category_that_most_items_have_says_nothing(make_explainer, small_data):
+    # Regression: every item of Amazon Beauty is in "Beauty", and all reasons fitted all items.
+    explainer = make_explainer()
+    before = as_report(measure_agreement(explainer, pool=4))
+
+    def with_categories(names: list[str]) -> Explainer:
+        catalog = dataclasses.replace(small_data.catalog, categories=names)
+        explainer.data = dataclasses.replace(small_data, catalog=catalog)
+        return explainer
+
+    rooted = [f"Beauty|{text}" for text in small_data.catalog.categories]
+    assert as_report(measure_agreement(with_categories(rooted), pool=4)) == before
+    with pytest.raises(DataError, match="more than half"):
+        measure_agreement(with_categories(["Beauty"] * len(small_data.catalog)))
+
+
 # ---- the script ---------------------------------------------------------------------------------
 
 
