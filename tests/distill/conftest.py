@@ -82,9 +82,9 @@ def results() -> Callable[[CotrainState, Run], dict[str, Any]]:
     def found(state: CotrainState, run: Run) -> dict[str, Any]:
         report = finish(state, run)
         rows = [{k: v for k, v in row.items() if "_per_s" not in k} for row in run.log.rows()]
-        return {key: report.get(key) for key in kept} | {
-            "rows": rows, "counts": [(report["teacher"] or {}).get(key) for key in counts],
-        }  # fmt: skip
+        teacher = report["teacher"]
+        asked = None if teacher is None else [teacher[key] for key in counts]
+        return {key: report[key] for key in kept} | {"rows": rows, "counts": asked}
 
     return found
 
