@@ -153,7 +153,7 @@ def _agreement(state: CotrainState, run: Run) -> dict[str, Any] | None:
     """Of each model, how often the reasons that are found for its recommendations fit them; None
     where the items have no categories to tell by."""
     assert run.rationales is not None
-    if not any(run.data.catalog.categories) or not run.accelerator.is_main_process:
+    if not run.accelerator.is_main_process:
         return None
 
     def compare(found: np.ndarray, random: np.ndarray) -> dict[str, Any]:
@@ -167,7 +167,7 @@ def _agreement(state: CotrainState, run: Run) -> dict[str, Any] | None:
         explainer = Explainer(recommender, learner.head, run.rationales.matched, run.data)
         try:
             found = measure_agreement(explainer, seed=run.config.seed)
-        except DataError:  # no test user whose items have a category, or all rationales are theirs
+        except DataError:  # no category tells items apart, or no user can be judged
             return None
         agreement[learner.name] = found.as_report(compare)
     return agreement
